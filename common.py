@@ -1,0 +1,427 @@
+"""Energy-guided entropic optimal transport: what every script here shares.  Imports torch and the standard library only.
+
+One potential f is learned; there is no second network and no min-max game (Mokrov et al., ICLR 2024, Algorithm 1):
+
+    pi_f(y|x) = exp((f(y) - c(x,y)) / eps) / Z(f,x)             the plan, sampled by Langevin; Z is never needed
+    ascend      E_Q f(y) - E_P E_{pi_f(.|x)} f(y)               right gradient, meaningless value
+
+    x source (B, ...)    y target (B, ...)    f potential, large = likely    c(x,y) cost, |x-y|^2/2 unless given
+    eps > 0 temperature of the plan           eta Langevin step              log_p = (f(y) - c(x,y)) / eps  (B,)
+"""
+import argparse
+import math
+import os
+import resource
+import signal
+import sys
+import time
+
+import torch
+from torch import nn
+import torch.nn.functional as F
+
+
+# ------------------------------------------------------------------------------------------------ potentials
+
+class MLP(nn.Module):
+    """f(y) = scale * net(y), `depth` hidden layers of `width`, SiLU: (B, dim) -> (B,).
+
+    SiLU and not LeakyReLU because the sampler follows grad f: a kink in f is a jump in the drift.
+    With Adam, `scale` is in effect the learning rate of f in units of the cost."""
+
+    def __init__(self, dim, width=256, depth=3, scale=1.0):
+        super().__init__()
+        sizes = [dim] + [width] * depth
+        self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:]))
+        self.last = nn.Linear(width, 1)
+        self.scale = scale
+        self.flops = 2 * sum(m.weight.numel() for m in (*self.hidden, self.last))  # of one forward pass of one sample
+
+    def forward(self, y):
+        for layer in self.hidden:
+            y = F.silu(layer(y))
+        return self.scale * self.last(y).squeeze(1)
+
+    @torch.no_grad()
+    def place(self, y, sharpness):
+        """Start the first layer's ramps, each about 1/sharpness wide, at random samples y (N, dim) of the target:
+        torch's own start has ramps about 1 wide, too coarse for a target with structure at a twentieth of that."""
+        first = self.hidden[0]
+        first.weight.normal_(0, sharpness)
+        at = y[torch.randint(len(y), (len(first.weight),), device=y.device)]
+        first.bias.copy_(-(first.weight * at).sum(1))
+
+
+class ResNet(nn.Module):
+    """f(y) = scale * net(y) for images (B, channels, H, W), H and W multiples of 8 -> (B,).
+
+    Residual blocks without batch statistics: those would let one chain's score depend on the other chains."""
+
+    def __init__(self, channels=3, width=32, scale=1.0):
+        super().__init__()
+        widths = [width, 2 * width, 4 * width, 8 * width]
+        self.first = nn.Conv2d(channels, width, 3, padding=1)
+        self.blocks = nn.ModuleList(_Block(a, b) for a, b in zip([width] + widths, widths))
+        self.last = nn.Linear(widths[-1], 1)
+        self.scale = scale
+
+    def forward(self, y):
+        h = self.first(y)
+        for i, block in enumerate(self.blocks):
+            h = block(F.avg_pool2d(h, 2) if i else h)
+        return self.scale * self.last(F.silu(h).mean((2, 3))).squeeze(1)
+
+
+class _Block(nn.Module):
+    def __init__(self, a, b):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(a, b, 3, padding=1), nn.Conv2d(b, b, 3, padding=1)
+        self.skip = nn.Conv2d(a, b, 1) if a != b else nn.Identity()
+        nn.init.zeros_(self.conv2.weight)  # each block starts as its skip: without normalisation, depth must not amplify
+
+    def forward(self, h):
+        return self.skip(h) + self.conv2(F.silu(self.conv1(F.silu(h))))
+
+
+# ------------------------------------------------------------------------------------------------ samplers
+# All leave f's parameters and their .grad untouched, keep no graph, and return tensors that carry no gradient.
+
+def quadratic_cost(x, y):
+    """|x-y|^2/2 over all but the first dimension: (B, ...), (B, ...) -> (B,)."""
+    return (y - x).square().flatten(1).sum(1) / 2
+
+
+def log_p_and_grad(f, x, y, eps, cost=quadratic_cost):
+    """log_p = (f(y) - c(x,y))/eps (B,), up to log Z(f,x), and its gradient in y (B, ...)."""
+    with torch.enable_grad():
+        y = y.detach().requires_grad_(True)
+        log_p = (f(y) - cost(x, y)) / eps
+        grad, = torch.autograd.grad(log_p.sum(), y)
+    return log_p.detach(), grad
+
+
+def langevin(f, x, y, eps, eta, n_steps, cost=quadratic_cost):
+    """n_steps of  y <- y + eta/(2 eps) grad_y[f(y) - c(x,y)] + sqrt(eta) N(0, I)  (Algorithm 1): -> y (B, ...).
+
+    With f = 0 its law tends to N(x, eps/(1 - eta/(4 eps))): biased in eta, and it explodes for eta >= 4 eps."""
+    for _ in range(n_steps):
+        _, grad = log_p_and_grad(f, x, y, eps, cost)
+        y = y.detach() + eta / 2 * grad + eta ** 0.5 * torch.randn_like(y)
+    return y
+
+
+def mala(f, x, y, eps, eta, n_steps, cost=quadratic_cost):
+    """Langevin steps with Metropolis' accept/reject: exact for any eta, and no chain can blow up.
+
+    -> y (B, ...), its log_p (B,), the accepted fraction (0-dim tensor, on the device: reading it waits for it).
+    Watch that fraction: where it tends to 0 the chains are frozen and f runs away from them."""
+    flat = (len(y),) + (1,) * (y.dim() - 1)
+    log_p, grad = log_p_and_grad(f, x, y, eps, cost)
+    accepted = 0.0
+    for _ in range(n_steps):
+        noise = torch.randn_like(y)
+        new = y + eta / 2 * grad + eta ** 0.5 * noise
+        new_log_p, new_grad = log_p_and_grad(f, x, new, eps, cost)
+        back = (y - new - eta / 2 * new_grad).square().flatten(1).sum(1) / (2 * eta)  # -log q(y|new), q(new|y) is noise
+        log_ratio = new_log_p - log_p - back + noise.square().flatten(1).sum(1) / 2
+        take = torch.rand_like(log_p).log() < log_ratio  # nan compares False: a broken proposal is refused
+        y, grad = torch.where(take.view(flat), new, y), torch.where(take.view(flat), new_grad, grad)
+        log_p = torch.where(take, new_log_p, log_p)
+        accepted = accepted + take.float().mean() / n_steps
+    return y, log_p, accepted
+
+
+@torch.no_grad()
+def jump(f, x, y, centres, sigma, eps, log_p=None):
+    """One exact long move per chain, quadratic cost: what Langevin cannot do between separate modes of pi_f(.|x).
+
+    One proposal z_j ~ N(c_j, sigma^2) around each of M target samples c_j, shared by all chains, weighs
+    w_j = exp(log_p(z_j)) / q(z_j), q = mean_j N(c_j, sigma^2).  A chain's own y stands in for the proposal of one c_J,
+    J drawn from N(y; c_j, sigma^2), and the next y is drawn from the M candidates by weight.  That leaves pi_f(.|x)
+    unchanged for every M and sigma (all-proposals Metropolis, Tjelmeland 2004; with M = 2 it is nearly Barker's rule).
+    Take sigma about the finest structure, and M so that several c_j fall within sqrt(eps) of a typical y.
+
+    x, y (B, D), centres (M, D) independent of y, log_p (B,) if at hand -> y (B, D), moved fraction (0-dim tensor).
+    Costs M evaluations of f for all B chains together, and three (B or M, M) softmaxes."""
+    log_p = (f(y) - quadratic_cost(x, y)) / eps if log_p is None else log_p
+    z = centres + sigma * torch.randn_like(centres)
+    own, others = torch.arange(len(z), device=z.device)[:, None], (centres / sigma, z / sigma, y / sigma)
+    c, zs, ys = others
+    log_q_z = _log_mixture(zs, c, own)
+    j = _draw(torch.addmm(-c.square().sum(1) / 2, ys, c.T).softmax(1))  # softmax, not exp: CPU exp crawls on underflow
+    log_q_y = _log_mixture(ys, c, j)
+    log_w = torch.addmm((f(z) - z.square().sum(1) / 2) / eps - log_q_z, x / eps, z.T)
+    log_w.scatter_(1, j, (log_p + x.square().sum(1) / (2 * eps) - log_q_y)[:, None])  # |x|^2 is left out of every weight
+    k = _draw(log_w.softmax(1))
+    return torch.where(k == j, y, z[k.squeeze(1)]), (k != j).float().mean()
+
+
+def _log_mixture(points, centres, j):
+    """log sum_j exp(-|point - centre_j|^2/2): (B, D), (M, D) -> (B,); j (B, 1) indexes a term that does not underflow."""
+    log_terms = torch.addmm(-centres.square().sum(1) / 2, points, centres.T)
+    share = log_terms.softmax(1).gather(1, j).log()
+    return (log_terms.gather(1, j) - share).squeeze(1) - points.square().sum(1) / 2
+
+
+def _draw(p):
+    """One index per row of p (B, M), drawn by its weights: (B, 1).  Ten times faster than torch.multinomial on a CPU."""
+    cdf = p.cumsum(1)
+    u = torch.rand(len(p), 1, device=p.device) * cdf[:, -1:]
+    return torch.searchsorted(cdf, u, right=True).clamp(max=p.shape[1] - 1)
+
+
+@torch.no_grad()
+def swap(x, y, eps, cost=quadratic_cost):
+    """Pair the chains at random and exchange y_i, y_j with probability min(1, exp(-[increase of the summed cost]/eps)).
+
+    Exact (f and Z cancel) and free of f: it mends a bank whose y are right together but paired with the wrong x.
+    x, y (B, ...) -> y (B, ...), exchanged fraction (0-dim tensor)."""
+    i, j = torch.randperm(len(y), device=y.device)[:len(y) // 2 * 2].view(2, -1)
+    increase = cost(x[i], y[j]) + cost(x[j], y[i]) - cost(x[i], y[i]) - cost(x[j], y[j])
+    take = torch.rand_like(increase).log() < -increase / eps
+    y = y.clone()
+    y[i[take]], y[j[take]] = y[j[take]], y[i[take]]
+    return y, take.float().mean()
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+def proxy_loss(f, y_pos, y_neg):
+    """E_{pi_f} f - E_Q f (0-dim), y_pos ~ Q, y_neg ~ pi_f: minus the gap.  Its gradient is that of -L(f) (Algorithm 1);
+    its value is near 0 all along and must never be read as convergence."""
+    out = f(torch.cat([y_pos, y_neg]))  # one pass: half the launches, and small batches use the cores better
+    return out[len(y_pos):].mean() - out[:len(y_pos)].mean()
+
+
+def train_step(f, opt, y_pos, y_neg):
+    """One step of ascent on L(f): -> the gap E_Q f - E_{pi_f} f (0-dim tensor, on the device)."""
+    loss = proxy_loss(f, y_pos, y_neg)
+    opt.zero_grad(set_to_none=True)
+    loss.backward()
+    opt.step()
+    return -loss.detach()
+
+
+@torch.no_grad()
+def average_weights(f_avg, f, decay, step):
+    """f_avg <- decay f_avg + (1 - decay) f; the first steps forget the random start sooner."""
+    torch._foreach_lerp_(list(f_avg.parameters()), list(f.parameters()), 1 - min(decay, step / (step + 10)))
+
+
+def stratified_rows(n_rows, n, device=None):
+    """n of n_rows row numbers, one from each of n equal stretches, each row equally likely: (n,) int64."""
+    u = torch.rand(n, dtype=torch.float64, device=device)
+    return ((torch.arange(n, device=device) + u) * (n_rows / n)).long().clamp_(max=n_rows - 1)
+
+
+def kd_order(points):
+    """points (2^k, D) reordered so that every stretch of 2^j rows is a cell of a k-d tree: (2^k, D).
+
+    Then stratified_rows draws batches spread like the data themselves: every row as likely as before, but the share of
+    each region no longer fluctuates from batch to batch, which is what the levels of f are learned from."""
+    if len(points) & (len(points) - 1):
+        raise ValueError(f"kd_order needs a power of two of points, not {len(points)}")
+    cells, axis = points[None], 0
+    while cells.shape[1] > 1:
+        order = cells[:, :, axis % points.shape[1]].argsort(dim=1, stable=True)
+        cells = cells.gather(1, order[..., None].expand_as(cells)).view(2 * len(cells), -1, points.shape[1])
+        axis += 1
+    return cells.squeeze(1)
+
+
+class Bank(nn.Module):
+    """Persistent chains: sources x and their current y, both (N, ...), as buffers that move and save with it."""
+
+    def __init__(self, x, y):
+        super().__init__()
+        self.register_buffer("x", x.clone())
+        self.register_buffer("y", y.clone())
+
+    def rows(self, n):
+        return stratified_rows(len(self.x), n, self.x.device)
+
+
+# ------------------------------------------------------------------------------------------------ the run around it
+
+def fail(sentence):
+    """End with one sentence on stderr and exit code 2."""
+    print(f"error: {sentence}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def _positive(text):
+    value = float(text)
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError
+    return value
+
+
+def arguments(doc, script, eps=None, **more):
+    """Command line shared by the scripts -> namespace with eps, smoke, resume, out, device (torch.device), seed.
+
+    eps: its default.  more: extra options, name = dict of argparse keywords."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: fail(message.replace("_positive", "positive number") + " (-h lists the options)")
+    parser.add_argument("--eps", type=_positive, default=eps, help="temperature of the plan, > 0 (default %(default)s)")
+    parser.add_argument("--smoke", action="store_true", help="the same path, tiny: seconds, files named *_smoke")
+    parser.add_argument("--resume", action="store_true", help="carry on from this script's checkpoint")
+    parser.add_argument("--out", default=os.path.dirname(os.path.abspath(script)), help="folder for what is written (default: beside the script)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU that works, else the CPU)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random in training (default 0)")
+    for name, options in more.items():
+        parser.add_argument(f"--{name}", **options)
+    args = parser.parse_args()
+    try:
+        os.makedirs(args.out, exist_ok=True)
+    except OSError as error:
+        fail(f"--out {args.out} cannot be made ({error.strerror}): name a folder you can write to")
+    args.device = _device(args.device)
+    if not 0 <= args.seed < 2 ** 63:
+        fail(f"--seed {args.seed} is not a whole number from 0 to 2^63 - 1: choose one")
+    torch.manual_seed(args.seed)
+    return args
+
+
+def _device(name):
+    try:
+        device = torch.device("cuda" if name == "auto" else name)
+        torch.ones(2, device=device).exp().sum().item()  # a GPU may be listed and yet too old (or new) for this torch
+        return device
+    except (RuntimeError, AssertionError) as error:
+        if name != "auto":
+            fail(f"--device {name} does not work here ({str(error).splitlines()[0]}): leave it out or say --device cpu")
+        if torch.cuda.is_available():
+            print(f"this torch cannot use the GPU ({str(error).splitlines()[0]}), so on the CPU; README: GTX notes", flush=True)
+        return torch.device("cpu")
+
+
+class Stop:
+    """Turns SIGINT and SIGTERM into `if stop:` at the next step, once there is something to save (stop.armed = True).
+    A second signal ends the process at once; so does the first one before that, with exit code 0."""
+
+    def __init__(self):
+        self.asked = self.armed = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._ask)
+
+    def __bool__(self):
+        return self.asked
+
+    def _ask(self, number, frame):
+        if not self.armed:
+            print("stopped before the first step: nothing to save", flush=True)
+            raise SystemExit(0)
+        if self.asked:
+            raise SystemExit(128 + number)
+        self.asked = True
+        print("stopping: saves, then scores what there is; once more to end at once", flush=True)
+
+
+def save(path, parts, **values):
+    """Write {name: part.state_dict()}, the generators' states and values to `path` aside, then rename: a kill at any
+    moment leaves the old checkpoint or the new one, whole.  Tensors and builtins only, so weights_only=True loads it."""
+    state = {name: part.state_dict() for name, part in parts.items()}
+    state["rng"] = [torch.get_rng_state()] + (torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
+    try:
+        torch.save({**state, **values}, f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError of its zip writer
+        if os.path.exists(f"{path}.tmp"):
+            os.remove(f"{path}.tmp")
+        fail(f"cannot write {path} ({str(error).splitlines()[0]}): free some space or choose another --out; an earlier checkpoint there is untouched")
+
+
+def load(path, parts, constants):
+    """Fill `parts` and the generators from `path`; -> the dict of values saved with them.  Refuses, by a sentence, a
+    file that is missing, broken or foreign, and one made with other constants (then it would not be a continuation)."""
+    if not os.path.exists(path):
+        fail(f"no checkpoint {path} to resume: run without --resume first, or name its folder with --out")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        made_with = state["constants"]
+    except Exception:  # foreign pickle, truncated zip, text file, no permission: torch has an exception for each
+        fail(f"{path} is not a readable checkpoint of this script: move it away and start without --resume")
+    other = [f"{k} was {made_with.get(k)}, is {v}" for k, v in constants.items() if made_with.get(k) != v]
+    if other:
+        fail(f"{path} was made with other constants ({'; '.join(other)}): restore them, or start without --resume")
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(state.pop(name))
+        torch.set_rng_state(state["rng"][0])
+        if torch.cuda.is_available() and len(state["rng"]) == 1 + torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["rng"][1:])
+    except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        fail(f"{path} does not fit this script ({str(error).splitlines()[0]}): move it away and start without --resume")
+    return state
+
+
+def keep_old(path):
+    """A fresh run beside an earlier one's checkpoint: rename that one to *.old instead of losing it."""
+    if os.path.exists(path):
+        os.replace(path, f"{path}.old")
+        print(f"kept the earlier checkpoint as {path}.old (--resume would have carried it on)", flush=True)
+
+
+def constants_of(module):
+    """A script's UPPER_CASE numbers and strings, given globals(): what a checkpoint must agree with to be resumed."""
+    return {k: v for k, v in module.items() if k.isupper() and isinstance(v, (bool, int, float, str))}
+
+
+class Progress:
+    """Counts training seconds over all resumes and prints the log line that tells life from death."""
+
+    def __init__(self, total, step=0, seconds=0.0, device=torch.device("cpu")):
+        self.total, self.device, self.first, self.before = total, device, step, seconds
+        self.start = self.saved = time.perf_counter()
+
+    @property
+    def seconds(self):
+        return self.before + time.perf_counter() - self.start
+
+    def save_due(self, every=30.0):
+        """True once in `every` seconds."""
+        due = time.perf_counter() - self.saved > every
+        self.saved = time.perf_counter() if due else self.saved
+        return due
+
+    def line(self, step, **values):
+        """Print step/total, values, ms/step, peak memory, time left.  values: floats; divergence ends the run here."""
+        ms = 1e3 * (time.perf_counter() - self.start) / max(step - self.first, 1)
+        shown = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
+        print(f"step {step:6d}/{self.total}  {shown}  {ms:.1f} ms/step  {peak_mib(self.device):.0f} MiB  "
+              f"{clock(ms / 1e3 * (self.total - step))} left", flush=True)
+
+
+def diverged(limit, **values):
+    """The sentence to stop with if a value is not finite or beyond +-limit, else None.  values: floats, name = value."""
+    for name, value in values.items():
+        if not abs(value) < limit:  # nan too
+            return (f"diverged: {name} is {value:.4g}.  Lower LR or the Langevin step, or take more Langevin steps; "
+                    f"--resume starts from the last good checkpoint")
+
+
+def peak_mib(device):
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
+
+
+def clock(seconds):
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
+
+
+def matmul_rate(device, n=1024, seconds=0.3):
+    """This machine's float32 matrix-product rate in FLOP/s: what a training step is to be compared with."""
+    a, done, start = torch.randn(n, n, device=device), 0, time.perf_counter()
+    b = a @ a
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        for _ in range(4):
+            torch.mm(a, a, out=b)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        done += 4
+    return 2 * n ** 3 * done / (time.perf_counter() - start)
