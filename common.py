@@ -11,7 +11,6 @@ One potential f is learned; there is no second network and no min-max game (Mokr
 import argparse
 import math
 import os
-import resource
 import signal
 import sys
 import time
@@ -138,29 +137,30 @@ def jump(f, x, y, centres, sigma, eps, log_p=None):
     One proposal z_j ~ N(c_j, sigma^2) around each of M target samples c_j, shared by all chains, weighs
     w_j = exp(log_p(z_j)) / q(z_j), q = mean_j N(c_j, sigma^2).  A chain's own y stands in for the proposal of one c_J,
     J drawn from N(y; c_j, sigma^2), and the next y is drawn from the M candidates by weight.  That leaves pi_f(.|x)
-    unchanged for every M and sigma (all-proposals Metropolis, Tjelmeland 2004; with M = 2 it is nearly Barker's rule).
+    unchanged for every M and sigma (Metropolis with all proposals: Tjelmeland 2004; iterated SIR: Andrieu et al. 2018).
     Take sigma about the finest structure, and M so that several c_j fall within sqrt(eps) of a typical y.
 
     x, y (B, D), centres (M, D) independent of y, log_p (B,) if at hand -> y (B, D), moved fraction (0-dim tensor).
     Costs M evaluations of f for all B chains together, and three (B or M, M) softmaxes."""
     log_p = (f(y) - quadratic_cost(x, y)) / eps if log_p is None else log_p
     z = centres + sigma * torch.randn_like(centres)
-    own, others = torch.arange(len(z), device=z.device)[:, None], (centres / sigma, z / sigma, y / sigma)
-    c, zs, ys = others
-    log_q_z = _log_mixture(zs, c, own)
-    j = _draw(torch.addmm(-c.square().sum(1) / 2, ys, c.T).softmax(1))  # softmax, not exp: CPU exp crawls on underflow
-    log_q_y = _log_mixture(ys, c, j)
+    log_q_z = _log_mixture(z / sigma, centres / sigma, torch.arange(len(z), device=z.device)[:, None])[0]
+    log_q_y, j = _log_mixture(y / sigma, centres / sigma)
     log_w = torch.addmm((f(z) - z.square().sum(1) / 2) / eps - log_q_z, x / eps, z.T)
     log_w.scatter_(1, j, (log_p + x.square().sum(1) / (2 * eps) - log_q_y)[:, None])  # |x|^2 is left out of every weight
     k = _draw(log_w.softmax(1))
     return torch.where(k == j, y, z[k.squeeze(1)]), (k != j).float().mean()
 
 
-def _log_mixture(points, centres, j):
-    """log sum_j exp(-|point - centre_j|^2/2): (B, D), (M, D) -> (B,); j (B, 1) indexes a term that does not underflow."""
+def _log_mixture(points, centres, j=None):
+    """log sum_j exp(-|point - centre_j|^2/2): (B, D), (M, D) -> (B,), and j (B, 1), drawn by those terms unless given.
+
+    Read off as term_j - log share_j: a softmax is ten times faster than exp on a CPU, which crawls where it underflows."""
     log_terms = torch.addmm(-centres.square().sum(1) / 2, points, centres.T)
-    share = log_terms.softmax(1).gather(1, j).log()
-    return (log_terms.gather(1, j) - share).squeeze(1) - points.square().sum(1) / 2
+    share = log_terms.softmax(1)
+    j = _draw(share) if j is None else j
+    log_sum = (log_terms.gather(1, j) - share.gather(1, j).log()).squeeze(1)
+    return log_sum - points.square().sum(1) / 2, j
 
 
 def _draw(p):
@@ -385,26 +385,30 @@ class Progress:
         return due
 
     def line(self, step, **values):
-        """Print step/total, values, ms/step, peak memory, time left.  values: floats; divergence ends the run here."""
+        """Print step/total, values (floats), ms/step, peak memory, time left."""
         ms = 1e3 * (time.perf_counter() - self.start) / max(step - self.first, 1)
         shown = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
         print(f"step {step:6d}/{self.total}  {shown}  {ms:.1f} ms/step  {peak_mib(self.device):.0f} MiB  "
               f"{clock(ms / 1e3 * (self.total - step))} left", flush=True)
 
 
-def diverged(limit, **values):
-    """The sentence to stop with if a value is not finite or beyond +-limit, else None.  values: floats, name = value."""
+def stop_if_diverged(limit, **values):
+    """End the run, before anything is saved over, if a value (a float) is not finite or beyond +-limit."""
     for name, value in values.items():
         if not abs(value) < limit:  # nan too
-            return (f"diverged: {name} is {value:.4g}.  Lower LR or the Langevin step, or take more Langevin steps; "
-                    f"--resume starts from the last good checkpoint")
+            fail(f"diverged: {name} is {value:.4g}.  Lower LR or the Langevin step, or take more Langevin steps per training "
+                 f"step; the last good checkpoint is kept, --resume starts from it")
 
 
 def peak_mib(device):
+    """Peak memory of this process so far, MiB: on the GPU the allocator's, on the CPU the whole process's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float("nan")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
 
 
 def clock(seconds):

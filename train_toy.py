@@ -36,7 +36,7 @@ torch.set_flush_denormal(True)  # CPU matrix products crawl on the denormals of 
 # ---------------------------------------------------------------------------------------------- constants
 EPS = args.eps
 SEED = args.seed
-STEPS = 3400             # Adam steps; the quality still grows with more
+STEPS = 2600             # Adam steps; a tenth of them is within a few per cent of the scores
 BATCH = 256              # chains moved per step
 TARGETS = 512            # target samples per step: the positives, and the centres of the jumps
 CHAINS = 2 ** 15         # bank of persistent chains, one source each; its finite size is an error of a sample that large
@@ -54,11 +54,12 @@ METROPOLIS = True        # accept/reject, with the step then led to ACCEPT
 ACCEPT = 0.75
 JUMP = True              # without it the levels of f on separate arms drift: Langevin never crosses between them
 SIGMA = min(max(math.sqrt(EPS), 0.02), 0.06)  # of the jumps: the narrower of the plan and the roll's thickness
+EXPLORE = 2              # every second x of the batch is a centre too: finds mass that f leaves where Q has none
 STRATIFIED = True        # batches spread evenly over source and target: five times less noise in the levels
 RESTART = 0.0            # share of a batch restarted from N(0, I) per step; jumps thaw frozen chains without the bias of it
-ROUNDS = 30              # of one Langevin step and one jump: the sampler's run from y = x at test time
+ROUNDS = 20              # of one Langevin step and one jump: the sampler's run from y = x at test time
 REFERENCE_N, REFERENCE_SEED = 4000, 0
-TEST_X, TEST_Y, DIRECTIONS = 128, 1000, 50  # test sources, samples of each conditional, projections
+TEST_X, TEST_Y, DIRECTIONS = 64, 1000, 50  # test sources, samples of each conditional, projections
 MARGINAL_N = 2000        # samples for the marginal score
 if args.smoke:
     STEPS, BATCH, TARGETS, CHAINS, TARGET_SET, WIDTH = 30, 32, 64, 256, 1024, 32
@@ -101,23 +102,25 @@ def sinkhorn(x, y, eps, steps, warm=None):
     cost = torch.cdist(x, y).square() / 2
     shift = eps * math.log(len(x))  # POT's potentials carry the weights, ours do not
     plan, log = ot.bregman.sinkhorn_stabilized(weight, weight, cost, eps, numItermax=steps, tau=1e9, stopThr=1e-4 / len(x) ** 0.5,
-                                               warmstart=warm and tuple(w - shift for w in warm), print_period=50, log=True, warn=False)
+                                               warmstart=warm and tuple(w - shift for w in warm), print_period=100 if steps > 100 else 50, log=True, warn=False)
     return log["alpha"] + shift, log["beta"] + shift, (plan.sum(0) - weight).abs().sum().item()
 
 
 def solve_reference(seed):
     """Discrete EOT between REFERENCE_N fresh samples each of P and Q: -> targets y (n, 2), potential g (n,) float64.
 
-    eps is halved down from 1 on a quarter of the samples, where a step costs a sixteenth, then extended to all."""
+    eps is halved down from 1, on a quarter of the samples while it is coarse: there a step costs a sixteenth."""
     generator, start = torch.Generator().manual_seed(seed), time.perf_counter()
     x, y = source(REFERENCE_N, generator).double(), target(REFERENCE_N, generator).double()
     few, warm = REFERENCE_N // 4, None
     for halving in range(math.ceil(-math.log2(min(EPS, 1.0))) + 1):
         eps = max(EPS, 0.5 ** halving)
-        a, b, _ = sinkhorn(x[:few], y[:few], eps, 100 if eps > EPS else 400, warm)
+        n = few if eps > 8 * EPS else REFERENCE_N
+        if warm and len(warm[0]) < n:
+            a = soft_transform(warm[1], x, y[:few], eps)
+            warm = a, soft_transform(a, y, x, eps)
+        a, b, error = sinkhorn(x[:n], y[:n], eps, 100 if eps > EPS else 1500, warm)
         warm = a, b
-    a = soft_transform(b, x, y[:few], EPS)
-    a, b, error = sinkhorn(x, y, EPS, 1500, (a, soft_transform(a, y, x, EPS)))
     print(f"reference {seed}: {REFERENCE_N} samples, marginal error {error:.1e} (L1), {time.perf_counter() - start:.0f} s", flush=True)
     if not error < 0.01:
         print(f"warning: the discrete solve has not converged at eps {EPS:g}; its scores mean little", flush=True)
@@ -231,7 +234,8 @@ f.place(target_set, SHARPNESS)
 f_avg = common.MLP(2, WIDTH, DEPTH, SCALE).to(device)
 f_avg.load_state_dict(f.state_dict())
 opt = torch.optim.Adam(f.parameters(), lr=LR, betas=BETAS, fused=True)
-bank = common.Bank(sources, sources).to(device)  # y = x: the start that is nearest the plan at small eps
+start = torch.randn_like(sources) if RESTART else sources  # y = x is nearest the plan at small eps
+bank = common.Bank(sources, start).to(device)
 eta = torch.tensor(ETA, device=device)
 
 
@@ -251,10 +255,10 @@ references = references()
 weights = [conditional(test_x, y, g) for y, g in references]
 reference_means = [w @ y for w, (y, _) in zip(weights, references)]
 bary_floor = (reference_means[0] - reference_means[1]).square().sum(1).mean().item()
-coarse, _ = grid(min(0.05, 0.8 * math.sqrt(EPS)) if EPS > 1e-4 else 0.01)
+coarse, _ = grid(min(max(0.8 * math.sqrt(EPS), 0.008), 0.05))
 
 parts = {"f": f, "f_avg": f_avg, "opt": opt, "bank": bank}
-step, seconds = 0, 0.0
+step, seconds, jumped = 0, 0.0, torch.zeros((), device=device)
 if args.resume:
     state = common.load(checkpoint, parts, CONSTANTS)
     step, seconds = state["step"], state["seconds"]
@@ -265,7 +269,7 @@ progress = common.Progress(STEPS, step, seconds, device)
 
 
 def save():
-    common.save(checkpoint, parts, step=step, seconds=progress.seconds, eta=eta.cpu(), constants=CONSTANTS, code=open(__file__).read())
+    common.save(checkpoint, parts, step=step, seconds=progress.seconds, eta=eta.cpu(), constants=CONSTANTS, code=open(__file__, encoding="utf-8").read())
 
 
 save()  # a full disk or a folder without permission shows now, not in an hour
@@ -285,20 +289,81 @@ while step < STEPS and not stop:
     if METROPOLIS:
         eta *= torch.exp(0.03 * (accepted - ACCEPT))
     if JUMP:
-        y_neg, jumped = common.jump(f, x, y_neg, y_pos, SIGMA, EPS, log_p)
+        y_neg, jumped = common.jump(f, x, y_neg, torch.cat([y_pos, x[::EXPLORE]]), SIGMA, EPS, log_p)
     bank.y[rows] = y_neg
     gap = common.train_step(f, opt, y_pos, y_neg)
     common.average_weights(f_avg, f, AVERAGE, step)
 
-    if step % LOG_EVERY == 0 or step == STEPS:
-        size = y_neg.norm(dim=1).mean()
-        gap_now, size_now, eta_now, accepted_now = torch.stack([gap, size, eta, accepted]).tolist()  # the only sync
-        trouble = common.diverged(1e3, gap=gap_now / SCALE, mean_y=size_now)
-        if trouble:
-            common.fail(trouble)
-        progress.line(step, gap=gap_now, y=size_now, bary_ratio=bary_error(coarse) / bary_floor, accept=accepted_now,
-                      jump=jumped.item() if JUMP else 0.0, eta=eta_now)
-    if progress.save_due():
+    due = progress.save_due()
+    if due or stop or step == STEPS or step % LOG_EVERY == 0:
+        largest = torch.cat([p.detach().flatten() for p in f.parameters()]).abs().max()
+        now = dict(zip(("gap", "y", "eta", "accept", "jump", "weight"),
+                       torch.stack([gap, y_neg.norm(dim=1).mean(), eta, accepted, jumped, largest]).tolist()))  # the only sync
+        common.stop_if_diverged(1e3, gap=now["gap"] / SCALE, y=now["y"], weight=now.pop("weight"))
+        progress.line(step, **now, bary_ratio=bary_error(coarse) / bary_floor)
+    if due:
         save()
 train_s = progress.seconds
 save()
+
+# ---------------------------------------------------------------------------------------------- scores and figure
+
+fine, sides = grid(min(max(math.sqrt(EPS) / 2, 0.004), 0.02))
+f_fine = potential_on(fine)
+learned = torch.cat([quantiles(fine, conditional(x, fine, f_fine)) for x in test_x.split(16)])
+exact = [quantiles(y, w) for (y, _), w in zip(references, weights)]
+cond_floor = sliced(*exact)
+cond_w2 = sum(sliced(learned, q) for q in exact) / 2
+
+clouds = [sorted_projections(draw(y, w, TEST_Y)) for (y, _), w in zip(references, weights)]
+chains = sample(f_avg, test_x.repeat(TEST_Y, 1), ROUNDS).view(TEST_Y, TEST_X, 2).transpose(0, 1)
+sampled_floor = sliced(*clouds)
+sampled_w2 = sum(sliced(sorted_projections(chains), c) for c in clouds) / 2
+
+
+def w2(a, b):
+    """Exact W2^2 between two samples of one size (POT)."""
+    return ot.emd2([], [], ot.dist(a.double().numpy(), b.double().numpy()), numItermax=10 ** 6)
+
+
+marginal_x = source(MARGINAL_N, test_generator)
+pushed, *fresh = sample(f_avg, marginal_x, ROUNDS), target(MARGINAL_N, test_generator), target(MARGINAL_N, test_generator)
+marg_ratio = (w2(pushed, fresh[0]) + w2(pushed, fresh[1])) / 2 / w2(*fresh)
+bary_ratio = bary_error(fine) / bary_floor
+
+shown = torch.atan2(test_x[:, 1], test_x[:, 0]).argsort()[TEST_X // 12::TEST_X // 6][:6]  # all around
+fig, axes = plt.subplots(2, 3, figsize=(13, 8.4), layout="constrained")
+limits = dict(xlim=(-2.7, 2.7), ylim=(-2.7, 2.7), aspect="equal")
+hue = torch.atan2(marginal_x[:, 1], marginal_x[:, 0])
+axes[0, 0].scatter(*marginal_x.T, s=3, c=hue, cmap="hsv")
+axes[0, 0].set(title="source x ~ P (colour: angle)", **limits)
+axes[0, 1].scatter(*fresh[0].T, s=3, c="0.7", label="target Q")
+axes[0, 1].scatter(*pushed.T, s=3, c=hue, cmap="hsv", label="y ~ $\\pi_f(y|x)$")
+axes[0, 1].set(title=f"learned transport of the same x (marg_ratio {marg_ratio:.2f})", **limits)
+for x, y in zip(marginal_x[:300], pushed[:300]):
+    axes[0, 2].plot(*torch.stack([x, y]).T, c="0.6", lw=0.4)
+axes[0, 2].scatter(*marginal_x[:300].T, s=4, c="tab:blue", label="x")
+axes[0, 2].scatter(*pushed[:300].T, s=4, c="tab:red", label="y")
+axes[0, 2].legend(loc="upper right")
+axes[0, 2].set(title="300 pairs of the learned plan", **limits)
+reference_clouds = draw(references[0][0], weights[0][shown], 400)
+for axis, per_x, title in ((axes[1, 0], chains[shown, :400], f"learned plan, sampled (cond_ratio {cond_w2 / cond_floor:.2f})"),
+                           (axes[1, 1], reference_clouds, f"discrete plan, n = {REFERENCE_N}, the same x")):
+    axis.scatter(*fresh[0].T, s=2, c="0.88")
+    for k in range(len(per_x)):
+        axis.scatter(*per_x[k].T, s=3, c=f"C{k}")
+        axis.scatter(*test_x[shown[k]], s=110, c=f"C{k}", marker="*", edgecolors="k")
+    axis.set(title=title, **limits)
+picture = axes[1, 2].imshow(f_fine.view(sides).T, origin="lower", extent=(fine[0, 0], fine[-1, 0], fine[0, 1], fine[-1, 1]), cmap="magma", vmin=f_fine.sort().values[len(f_fine) // 5])
+fig.colorbar(picture, ax=axes[1, 2], shrink=0.85, extend="min")
+axes[1, 2].set(title="learned potential f", **limits)
+fig.suptitle(f"Gaussian to swiss roll, eps = {EPS:g}, {step} steps, {train_s:.0f} s")
+fig.savefig(figure, dpi=150)
+print(f"wrote {figure} and {checkpoint}")
+
+per_step = f.flops * (2 * BATCH * (N_LANGEVIN + METROPOLIS) + (TARGETS + BATCH // EXPLORE) * JUMP + 3 * (TARGETS + BATCH))
+rate, busy = common.matmul_rate(device), per_step * step / max(train_s, 1e-9)
+print(f"network arithmetic {per_step / 1e9:.2f} GFLOP a step, {busy / 1e9:.0f} GFLOP/s: {100 * busy / rate:.0f} % of the {rate / 1e9:.0f} GFLOP/s "
+      f"of a float32 matrix product here")
+print(f"final eps {EPS:g} cond_w2 {cond_w2:.3g} cond_floor {cond_floor:.3g} cond_ratio {cond_w2 / cond_floor:.3f} sampled_ratio {sampled_w2 / sampled_floor:.3f} "
+      f"bary_ratio {bary_ratio:.3f} marg_ratio {marg_ratio:.3f} train_s {train_s:.1f} total_s {time.perf_counter() - begun:.1f}")
