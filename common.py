@@ -134,33 +134,38 @@ def mala(f, x, y, eps, eta, n_steps, cost=quadratic_cost):
 def jump(f, x, y, centres, sigma, eps, log_p=None):
     """One exact long move per chain, quadratic cost: what Langevin cannot do between separate modes of pi_f(.|x).
 
-    One proposal z_j ~ N(c_j, sigma^2) around each of M target samples c_j, shared by all chains, weighs
-    w_j = exp(log_p(z_j)) / q(z_j), q = mean_j N(c_j, sigma^2).  A chain's own y stands in for the proposal of one c_J,
-    J drawn from N(y; c_j, sigma^2), and the next y is drawn from the M candidates by weight.  That leaves pi_f(.|x)
-    unchanged for every M and sigma (Metropolis with all proposals: Tjelmeland 2004; iterated SIR: Andrieu et al. 2018).
-    Take sigma about the finest structure, and M so that several c_j fall within sqrt(eps) of a typical y.
+    One proposal z_j ~ N(c_j, sigma_j^2) around each of M centres, shared by all chains, weighs
+    w_j = exp(log_p(z_j)) / q(z_j), q = mean_j N(c_j, sigma_j^2).  A chain's own y stands in for the proposal of one c_J,
+    J drawn in proportion to N(y; c_J, sigma_J^2), and the next y is drawn from the M candidates by weight.  That leaves
+    pi_f(.|x) unchanged for any centres (Metropolis with all proposals: Tjelmeland 2004; iterated SIR: Andrieu et al. 2018).
+    Let most c_j be target samples, sigma_j about the finest structure; some wide ones keep q from vanishing at a stray y,
+    whose weight would else be so large that it never leaves.
 
-    x, y (B, D), centres (M, D) independent of y, log_p (B,) if at hand -> y (B, D), moved fraction (0-dim tensor).
-    Costs M evaluations of f for all B chains together, and three (B or M, M) softmaxes."""
+    x, y (B, D), centres (M, D) independent of y, sigma a float or (M,), log_p (B,) if at hand
+    -> y (B, D), moved fraction (0-dim tensor).  Costs M evaluations of f for all B chains together and three softmaxes."""
     log_p = (f(y) - quadratic_cost(x, y)) / eps if log_p is None else log_p
+    sigma = torch.as_tensor(sigma, dtype=y.dtype, device=y.device).expand(len(centres))[:, None]
     z = centres + sigma * torch.randn_like(centres)
-    log_q_z = _log_mixture(z / sigma, centres / sigma, torch.arange(len(z), device=z.device)[:, None])[0]
-    log_q_y, j = _log_mixture(y / sigma, centres / sigma)
+    log_q_z, _ = _log_mixture(z, centres, sigma, torch.arange(len(z), device=z.device)[:, None])
+    log_q_y, j = _log_mixture(y, centres, sigma)
     log_w = torch.addmm((f(z) - z.square().sum(1) / 2) / eps - log_q_z, x / eps, z.T)
     log_w.scatter_(1, j, (log_p + x.square().sum(1) / (2 * eps) - log_q_y)[:, None])  # |x|^2 is left out of every weight
     k = _draw(log_w.softmax(1))
     return torch.where(k == j, y, z[k.squeeze(1)]), (k != j).float().mean()
 
 
-def _log_mixture(points, centres, j=None):
-    """log sum_j exp(-|point - centre_j|^2/2): (B, D), (M, D) -> (B,), and j (B, 1), drawn by those terms unless given.
+def _log_mixture(points, centres, sigma, j=None):
+    """log sum_j N(point; centre_j, sigma_j^2), up to a constant: (B, D), (M, D), (M, 1) -> (B,), and j (B, 1), drawn in
+    proportion to those terms unless given.
 
     Read off as term_j - log share_j: a softmax is ten times faster than exp on a CPU, which crawls where it underflows."""
-    log_terms = torch.addmm(-centres.square().sum(1) / 2, points, centres.T)
+    precision = sigma ** -2
+    constant = -(precision * centres.square()).sum(1) / 2 - centres.shape[1] * sigma.log().squeeze(1)
+    log_terms = torch.addmm(constant, torch.cat([points, points.square().sum(1, keepdim=True)], 1),
+                            torch.cat([precision * centres, -precision / 2], 1).T)
     share = log_terms.softmax(1)
     j = _draw(share) if j is None else j
-    log_sum = (log_terms.gather(1, j) - share.gather(1, j).log()).squeeze(1)
-    return log_sum - points.square().sum(1) / 2, j
+    return (log_terms.gather(1, j) - share.gather(1, j).log()).squeeze(1), j
 
 
 def _draw(p):

@@ -259,6 +259,7 @@ MOVES = {
     "mala": lambda f, x, y: common.mala(f, x, y, f.eps, 0.08, 2)[0],
     "jump, few centres far off": lambda f, x, y: common.jump(f, x, y, torch.randn(3, 2), 0.5, f.eps)[0],
     "jump, many centres": lambda f, x, y: common.jump(f, x, y, f.m[torch.randint(2, (64,))] + 0.3 * torch.randn(64, 2), 0.2, f.eps)[0],
+    "jump, widths that differ": lambda f, x, y: common.jump(f, x, y, torch.cat([f.m[[0, 1, 1]], torch.randn(4, 2)]), torch.tensor([0.3, 0.1, 0.3, 1, 1, 0.7, 0.2]), f.eps)[0],
     "swap": lambda f, x, y: common.swap(x, y, f.eps)[0],
 }
 

@@ -36,7 +36,7 @@ torch.set_flush_denormal(True)  # CPU matrix products crawl on the denormals of 
 # ---------------------------------------------------------------------------------------------- constants
 EPS = args.eps
 SEED = args.seed
-STEPS = 2600             # Adam steps; a tenth of them is within a few per cent of the scores
+STEPS = 2000             # Adam steps; a tenth of them is within a few per cent of the scores
 BATCH = 256              # chains moved per step
 TARGETS = 512            # target samples per step: the positives, and the centres of the jumps
 CHAINS = 2 ** 15         # bank of persistent chains, one source each; its finite size is an error of a sample that large
@@ -54,7 +54,7 @@ METROPOLIS = True        # accept/reject, with the step then led to ACCEPT
 ACCEPT = 0.75
 JUMP = True              # without it the levels of f on separate arms drift: Langevin never crosses between them
 SIGMA = min(max(math.sqrt(EPS), 0.02), 0.06)  # of the jumps: the narrower of the plan and the roll's thickness
-EXPLORE = 2              # every second x of the batch is a centre too: finds mass that f leaves where Q has none
+EXPLORE, WIDE = 64, 0.3   # jumps also to this many source samples, this widely: no mass of f where Q has none goes unseen
 STRATIFIED = True        # batches spread evenly over source and target: five times less noise in the levels
 RESTART = 0.0            # share of a batch restarted from N(0, I) per step; jumps thaw frozen chains without the bias of it
 ROUNDS = 20              # of one Langevin step and one jump: the sampler's run from y = x at test time
@@ -216,7 +216,7 @@ def sample(f, x, rounds):
         y = x
         for _ in range(rounds):
             if JUMP:
-                y, _ = common.jump(f, x, y, target_batch(), SIGMA, EPS)
+                y, _ = common.jump(f, x, y, centres(target_batch()), widths, EPS)
             y = move(f, x, y)[0]
         out.append(y.cpu())
     return torch.cat(out)
@@ -237,10 +237,15 @@ opt = torch.optim.Adam(f.parameters(), lr=LR, betas=BETAS, fused=True)
 start = torch.randn_like(sources) if RESTART else sources  # y = x is nearest the plan at small eps
 bank = common.Bank(sources, start).to(device)
 eta = torch.tensor(ETA, device=device)
+widths = torch.tensor([SIGMA] * TARGETS + [WIDE] * EXPLORE, device=device)  # of the jumps
 
 
 def target_batch():
     return target_set[common.stratified_rows(TARGET_SET, TARGETS, device)]
+
+
+def centres(y_pos):
+    return torch.cat([y_pos, bank.x[bank.rows(EXPLORE)]])
 
 
 def move(f, x, y):
@@ -289,7 +294,7 @@ while step < STEPS and not stop:
     if METROPOLIS:
         eta *= torch.exp(0.03 * (accepted - ACCEPT))
     if JUMP:
-        y_neg, jumped = common.jump(f, x, y_neg, torch.cat([y_pos, x[::EXPLORE]]), SIGMA, EPS, log_p)
+        y_neg, jumped = common.jump(f, x, y_neg, centres(y_pos), widths, EPS, log_p)
     bank.y[rows] = y_neg
     gap = common.train_step(f, opt, y_pos, y_neg)
     common.average_weights(f_avg, f, AVERAGE, step)
@@ -361,7 +366,7 @@ fig.suptitle(f"Gaussian to swiss roll, eps = {EPS:g}, {step} steps, {train_s:.0f
 fig.savefig(figure, dpi=150)
 print(f"wrote {figure} and {checkpoint}")
 
-per_step = f.flops * (2 * BATCH * (N_LANGEVIN + METROPOLIS) + (TARGETS + BATCH // EXPLORE) * JUMP + 3 * (TARGETS + BATCH))
+per_step = f.flops * (2 * BATCH * (N_LANGEVIN + METROPOLIS) + (TARGETS + EXPLORE) * JUMP + 3 * (TARGETS + BATCH))
 rate, busy = common.matmul_rate(device), per_step * step / max(train_s, 1e-9)
 print(f"network arithmetic {per_step / 1e9:.2f} GFLOP a step, {busy / 1e9:.0f} GFLOP/s: {100 * busy / rate:.0f} % of the {rate / 1e9:.0f} GFLOP/s "
       f"of a float32 matrix product here")
