@@ -127,7 +127,7 @@ def solve_reference(seed):
     return y, b
 
 
-def references():
+def load_references():
     """The two solves, from the file kept beside the script if it is there and of this size and seed."""
     folder = args.out if args.smoke else os.path.dirname(os.path.abspath(__file__))
     path = os.path.join(folder, f"toy_reference_eps{EPS:g}{'_smoke' * args.smoke}.npz")
@@ -255,8 +255,7 @@ def move(f, x, y):
     return common.langevin(f, x, y, EPS, eta, N_LANGEVIN), None, torch.ones((), device=device)
 
 
-references = references()
-(y0, g0), (y1, g1) = references
+references = load_references()
 weights = [conditional(test_x, y, g) for y, g in references]
 reference_means = [w @ y for w, (y, _) in zip(weights, references)]
 bary_floor = (reference_means[0] - reference_means[1]).square().sum(1).mean().item()
@@ -338,7 +337,7 @@ bary_ratio = bary_error(fine) / bary_floor
 
 shown = torch.atan2(test_x[:, 1], test_x[:, 0]).argsort()[TEST_X // 12::TEST_X // 6][:6]  # all around
 fig, axes = plt.subplots(2, 3, figsize=(13, 8.4), layout="constrained")
-limits = dict(xlim=(-2.7, 2.7), ylim=(-2.7, 2.7), aspect="equal")
+limits = dict(xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
 hue = torch.atan2(marginal_x[:, 1], marginal_x[:, 0])
 axes[0, 0].scatter(*marginal_x.T, s=3, c=hue, cmap="hsv")
 axes[0, 0].set(title="source x ~ P (colour: angle)", **limits)
