@@ -84,10 +84,17 @@ common.train_step = train_step
 """
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of an uninterrupted smoke run."""
+    folder = tmp_path_factory.mktemp("whole")
+    run("train_toy.py", "--smoke", "--device", "cpu", "--out", str(folder), cwd=folder)
+    return folder
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_stopped_and_resumed_equals_uninterrupted_to_the_bit(tmp_path, name):
-    whole, halves = str(tmp_path / "whole"), str(tmp_path / "halves")
-    run("train_toy.py", "--smoke", "--device", "cpu", "--out", whole, cwd=tmp_path)
+def test_stopped_and_resumed_equals_uninterrupted_to_the_bit(tmp_path, name, whole):
+    halves = str(tmp_path / "halves")
     output = run("train_toy.py", "--smoke", "--device", "cpu", "--out", halves, cwd=tmp_path, prelude=SIGNAL_AT_12.format(name))
     assert "step     12/30" in output and "step     13/30" not in output and final(output)["eps"] == 0.1
     run("train_toy.py", "--smoke", "--device", "cpu", "--out", halves, "--resume", cwd=tmp_path)
