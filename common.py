@@ -109,19 +109,26 @@ def langevin(f, x, y, eps, eta, n_steps, cost=quadratic_cost):
     return y
 
 
-def mala(f, x, y, eps, eta, n_steps, cost=quadratic_cost):
+def mala(f, x, y, eps, eta, n_steps, cost=quadratic_cost, root=None):
     """Langevin steps with Metropolis' accept/reject: exact for any eta, and no chain can blow up.
 
+    eta a float, 0-dim or (B, 1); steps drawn at random per chain keep one in a narrow place from being refused for ever.
+    root (D, D): step in u = root^-1 y, root root^T about the covariance of pi_f(.|x), and with noise eta (1 - eta/4), which
+    makes the proposal reversible, hence always accepted, where that law is Gaussian of that covariance; eta <= 2, about 1.
     -> y (B, ...), its log_p (B,), the accepted fraction (0-dim tensor, on the device: reading it waits for it).
     Watch that fraction: where it tends to 0 the chains are frozen and f runs away from them."""
     flat = (len(y),) + (1,) * (y.dim() - 1)
+    variance = eta if root is None else eta * (1 - eta / 4)
     log_p, grad = log_p_and_grad(f, x, y, eps, cost)
+    grad = grad if root is None else grad @ root
     accepted = 0.0
     for _ in range(n_steps):
         noise = torch.randn_like(y)
-        new = y + eta / 2 * grad + eta ** 0.5 * noise
+        step = eta / 2 * grad + variance ** 0.5 * noise
+        new = y + (step if root is None else step @ root.T)
         new_log_p, new_grad = log_p_and_grad(f, x, new, eps, cost)
-        back = (y - new - eta / 2 * new_grad).square().flatten(1).sum(1) / (2 * eta)  # -log q(y|new), q(new|y) is noise
+        new_grad = new_grad if root is None else new_grad @ root
+        back = ((step + eta / 2 * new_grad).square() / (2 * variance)).flatten(1).sum(1)  # -log q(y|new); q(new|y) is noise
         log_ratio = new_log_p - log_p - back + noise.square().flatten(1).sum(1) / 2
         take = torch.rand_like(log_p).log() < log_ratio  # nan compares False: a broken proposal is refused
         y, grad = torch.where(take.view(flat), new, y), torch.where(take.view(flat), new_grad, grad)
@@ -422,7 +429,7 @@ def clock(seconds):
 
 def matmul_rate(device, n=1024, seconds=0.3):
     """This machine's float32 matrix-product rate in FLOP/s: what a training step is to be compared with."""
-    a, done, start = torch.randn(n, n, device=device), 0, time.perf_counter()
+    a, done = torch.randn(n, n, device=device), 0
     b = a @ a
     if device.type == "cuda":
         torch.cuda.synchronize(device)
