@@ -3,20 +3,34 @@
     python -m pytest -q test_smoke.py        or        python test_smoke.py
 
 No network, no data, under three minutes on two CPU cores."""
+import ast
+import collections
+import contextlib
+import hashlib
+import io
 import math
 import os
+import pickle
+import pickletools
 import re
+import runpy
 import shutil
+import signal
 import subprocess
 import sys
+import types
 
+import numpy as np
+import ot
 import pytest
 import torch
+from PIL import Image
 
 import common
+import eval_fid
+import stylegan2
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 
 
 def run(script, *options, cwd, code=0, prelude=None, folder=HERE):
@@ -29,6 +43,38 @@ def run(script, *options, cwd, code=0, prelude=None, folder=HERE):
     assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     assert "Traceback" not in done.stderr, done.stderr
     return done.stdout + done.stderr
+
+
+def here(script, *options, code=0):
+    """The same in this process, without the seconds that the imports take -> its output, its globals (None if it ended early)."""
+    handlers, argv = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}, sys.argv
+    ended, values, output = 0, None, io.StringIO()
+    try:
+        sys.argv = [script, *map(str, options)]
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            values = runpy.run_path(os.path.join(HERE, script), run_name="__main__")
+    except SystemExit as end:
+        ended = end.code or 0
+    finally:
+        sys.argv = argv
+        torch.set_flush_denormal(False)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert ended == code, output.getvalue()
+    return output.getvalue(), values
+
+
+def signal_at(monkeypatch, step, number):
+    """From now on this process gets the signal as it trains that step."""
+    train_step, calls = common.train_step, [0]
+
+    def interrupted(*a):
+        calls[0] += 1
+        if calls[0] == step:
+            os.kill(os.getpid(), number)
+        return train_step(*a)
+
+    monkeypatch.setattr(common, "train_step", interrupted)
 
 
 def final(output):
@@ -56,49 +102,43 @@ def same(a, b):
 
 # ------------------------------------------------------------------------------------------------ the scripts
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_toy_smoke_then_resume(tmp_path, device):
-    options = ("--smoke", "--out", str(tmp_path / "out"), "--device", device)
-    first = final(run("train_toy.py", *options, cwd=tmp_path))
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of an uninterrupted smoke run, from another working directory; its output."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, run("train_toy.py", "--smoke", "--device", "cpu", "--out", str(folder), cwd=folder)
+
+
+def test_toy_smoke_then_resume(whole):
+    folder, output = whole
+    first = final(output)
     assert all(math.isfinite(v) for v in first.values())
     names = {"toy_eps0.1_smoke.pt", "toy_eps0.1_smoke.png", "toy_reference_eps0.1_smoke.npz"}
-    assert set(os.listdir(tmp_path / "out")) == names  # nothing beside them, no .tmp left
-    again = final(run("train_toy.py", *options, "--resume", cwd=tmp_path))  # nothing left to train: scores only
+    assert set(os.listdir(folder)) == names  # nothing beside them, no .tmp left
+    again = final(here("train_toy.py", "--smoke", "--device", "cpu", "--out", folder, "--resume")[0])  # nothing left to train: scores only
     assert again["cond_w2"] == pytest.approx(first["cond_w2"], rel=1e-3)
     assert again["train_s"] <= first["train_s"] + 0.5
 
 
 @pytest.mark.parametrize("eps", ["0.001", "5"])
 def test_toy_smoke_at_other_eps(tmp_path, eps):
-    assert final(run("train_toy.py", "--smoke", "--eps", eps, "--out", str(tmp_path), cwd=tmp_path))["eps"] == float(eps)
+    assert final(here("train_toy.py", "--smoke", "--eps", eps, "--out", tmp_path)[0])["eps"] == float(eps)
 
 
-SIGNAL_AT_12 = """
-import common, os, signal
-calls, step = [0], common.train_step
-def train_step(*a):
-    calls[0] += 1
-    if calls[0] == 12: os.kill(os.getpid(), signal.{})
-    return step(*a)
-common.train_step = train_step
-"""
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("script", ["train_toy.py", "train_gauss.py", "train_afhq_latent.py"])
+def test_smoke_on_the_gpu(tmp_path, script):
+    assert all(math.isfinite(v) for v in final(here(script, "--smoke", "--device", "cuda", "--out", tmp_path)[0]).values())
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The folder of an uninterrupted smoke run."""
-    folder = tmp_path_factory.mktemp("whole")
-    run("train_toy.py", "--smoke", "--device", "cpu", "--out", str(folder), cwd=folder)
-    return folder
-
-
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_stopped_and_resumed_equals_uninterrupted_to_the_bit(tmp_path, name, whole):
-    halves = str(tmp_path / "halves")
-    output = run("train_toy.py", "--smoke", "--device", "cpu", "--out", halves, cwd=tmp_path, prelude=SIGNAL_AT_12.format(name))
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_and_resumed_equals_uninterrupted_to_the_bit(tmp_path, number, whole, monkeypatch):
+    options = ("--smoke", "--device", "cpu", "--out", tmp_path)
+    signal_at(monkeypatch, 12, number)
+    output, _ = here("train_toy.py", *options)
     assert "step     12/30" in output and "step     13/30" not in output and final(output)["eps"] == 0.1
-    run("train_toy.py", "--smoke", "--device", "cpu", "--out", halves, "--resume", cwd=tmp_path)
-    a, b = (torch.load(f"{d}/toy_eps0.1_smoke.pt", weights_only=True) for d in (whole, halves))
+    here("train_toy.py", *options, "--resume")
+    a, b = (torch.load(f"{d}/toy_eps0.1_smoke.pt", weights_only=True) for d in (whole[0], tmp_path))
     assert a["step"] == 30 and {"f", "f_avg", "opt", "bank", "rng", "eta"} < set(a)
     assert same(a, b)
 
@@ -121,17 +161,20 @@ torch.save = save
     assert torch.load(tmp_path / "toy_eps0.1_smoke.pt", weights_only=True)["step"] == 30
 
 
-def test_divergence_is_said_and_the_good_checkpoint_kept(tmp_path):
-    poison = """
-import common, torch
-calls, step = [0], common.train_step
-def train_step(f, *a):
-    calls[0] += 1
-    if calls[0] == 11: next(f.parameters()).data.fill_(float("nan"))
-    return step(f, *a)
-common.train_step = train_step
-"""
-    refuses(run("train_toy.py", "--smoke", "--out", str(tmp_path), cwd=tmp_path, code=2, prelude=poison), "diverged", "--resume")
+@pytest.mark.parametrize("ending", ["by the log", "by a signal"])
+def test_divergence_is_said_and_the_good_checkpoint_kept(tmp_path, monkeypatch, ending):
+    train_step, calls = common.train_step, [0]
+
+    def poisoned(f, *a):
+        calls[0] += 1
+        if calls[0] == 11:
+            next(f.parameters()).data.fill_(float("nan"))
+            if ending == "by a signal":
+                os.kill(os.getpid(), signal.SIGINT)
+        return train_step(f, *a)
+
+    monkeypatch.setattr(common, "train_step", poisoned)
+    refuses(here("train_toy.py", "--smoke", "--out", tmp_path, code=2)[0], "diverged", "--resume")
     kept = torch.load(tmp_path / "toy_eps0.1_smoke.pt", weights_only=True)
     assert kept["step"] < 11 and all(v.isfinite().all() for v in kept["f"].values())
 
@@ -143,13 +186,13 @@ def test_full_disk(tmp_path):
 
 
 def test_unusable_checkpoints(tmp_path):
-    options, path = ("--smoke", "--resume", "--out", str(tmp_path)), tmp_path / "toy_eps0.1_smoke.pt"
-    refuses(run("train_toy.py", *options, cwd=tmp_path, code=2), "no checkpoint", "without --resume")
+    options, path = ("--smoke", "--resume", "--out", tmp_path), tmp_path / "toy_eps0.1_smoke.pt"
+    refuses(here("train_toy.py", *options, code=2)[0], "no checkpoint", "without --resume")
     path.write_text("not a checkpoint")
-    refuses(run("train_toy.py", *options, cwd=tmp_path, code=2), "not a readable checkpoint", str(path))
+    refuses(here("train_toy.py", *options, code=2)[0], "not a readable checkpoint", str(path))
     foreign = b"cos\nsystem\n(S'touch " + str(tmp_path).encode() + b"/executed'\ntR."
     path.write_bytes(foreign)
-    refuses(run("train_toy.py", *options, cwd=tmp_path, code=2), "not a readable checkpoint")
+    refuses(here("train_toy.py", *options, code=2)[0], "not a readable checkpoint")
     assert path.read_bytes() == foreign and not (tmp_path / "executed").exists()
 
 
@@ -176,6 +219,9 @@ def test_bad_command_lines(bad, monkeypatch, capsys):
 
 def test_bad_eps_from_the_shell(tmp_path):
     refuses(run("train_toy.py", "--eps", "nan", cwd=tmp_path, code=2), "--eps", "positive number")
+    refuses(here("train_gauss.py", "--eps", "-1", code=2)[0], "--eps", "positive number")
+    for dim in ("0", "-3", "2.5", "many"):
+        refuses(here("train_gauss.py", "--dim", dim, code=2)[0], "--dim", "whole number from 1 up")
 
 
 def test_readme_example_copies_into_another_project(tmp_path):
@@ -262,8 +308,19 @@ def test_metropolis_removes_the_bias_of_the_step():
     assert torch.allclose(log_p, -common.quadratic_cost(x, y) / eps, atol=1e-5) and 0.3 < accepted < 0.9
 
 
+def test_with_the_covariance_s_root_a_gaussian_is_drawn_in_one_step():
+    torch.manual_seed(0)
+    eps, x = 0.5, torch.tensor([[1.0, -2.0]]).expand(20_000, -1)
+    H = torch.tensor([[3.0, 1.0], [1.0, 2.0]])  # f = -y H y / 2: pi_f(.|x) = N((I + H)^-1 x, eps (I + H)^-1)
+    S = eps * torch.linalg.inv(torch.eye(2) + H)
+    y, _, accepted = common.mala(lambda y: -((y @ H) * y).sum(1) / 2, x, x + 5, eps, 2.0, 1, root=torch.linalg.cholesky(S))
+    assert accepted > 0.999
+    assert torch.allclose(y.mean(0), S @ x[0] / eps, atol=0.015) and torch.allclose(y.T.cov(), S, atol=0.01)
+
+
 MOVES = {
     "mala": lambda f, x, y: common.mala(f, x, y, f.eps, 0.08, 2)[0],
+    "mala with root": lambda f, x, y: common.mala(f, x, y, f.eps, 1.5 * torch.rand(len(y), 1), 2, root=torch.tensor([[0.4, 0.0], [0.2, 0.3]]))[0],
     "jump, few centres far off": lambda f, x, y: common.jump(f, x, y, torch.randn(3, 2), 0.5, f.eps)[0],
     "jump, many centres": lambda f, x, y: common.jump(f, x, y, f.m[torch.randint(2, (64,))] + 0.3 * torch.randn(64, 2), 0.2, f.eps)[0],
     "jump, widths that differ": lambda f, x, y: common.jump(f, x, y, torch.cat([f.m[[0, 1, 1]], torch.randn(4, 2)]), torch.tensor([0.3, 0.1, 0.3, 1, 1, 0.7, 0.2]), f.eps)[0],
@@ -398,6 +455,570 @@ def test_potentials():
     h, v = 1e-2, torch.randn_like(y)
     slope = (g(y + h * v) - g(y - h * v)) / (2 * h) / 0.1
     assert torch.allclose((grad * v).flatten(1).sum(1), slope, rtol=0.02, atol=2e-3)
+
+
+# ------------------------------------------------------------------------------------------------ train_gauss.py
+
+@pytest.fixture(scope="module")
+def gauss(tmp_path_factory):
+    """The folder of a whole smoke run, its output and globals."""
+    folder = tmp_path_factory.mktemp("gauss")
+    return folder, *here("train_gauss.py", "--smoke", "--device", "cpu", "--dim", "3", "--out", folder)
+
+
+def test_gauss_stopped_and_resumed_equals_uninterrupted_to_the_bit(tmp_path, gauss, monkeypatch):
+    folder, output, _ = gauss
+    assert final(output)["dim"] == 3 and all(math.isfinite(v) for v in final(output).values())
+    assert set(os.listdir(folder)) == {"gauss_dim3_eps1_smoke.pt", "gauss_dim3_eps1_smoke.png"}
+    options = ("--smoke", "--device", "cpu", "--dim", "3", "--out", tmp_path)
+    signal_at(monkeypatch, 12, signal.SIGTERM)
+    output, _ = here("train_gauss.py", *options)
+    assert "step     12/30" in output and "step     13/30" not in output
+    here("train_gauss.py", *options, "--resume")
+    a, b = (torch.load(f"{d}/gauss_dim3_eps1_smoke.pt", weights_only=True) for d in (folder, tmp_path))
+    assert a["step"] == 30 and same(a, b)
+
+
+def test_gauss_table_goes_on_per_cell(tmp_path):
+    done = "final dim 2 eps 1 plan_uvp 0.5 plan_floor 0.1 target_uvp 1 target_floor 1 cond_uvp 1 cond_floor 1 train_s 7 total_s 9\n"
+    (tmp_path / "gauss_table_seed0_smoke.txt").write_text(done)
+    output = run("train_gauss.py", "--smoke", "--table", "--resume", "--out", str(tmp_path), cwd=tmp_path)
+    assert "final dim 3 " in output and "final dim 2 " not in output and "0.5000 (0.1000) 7 s" in output  # 2 is not run again
+    assert final(output)["cells"] == 2 and (tmp_path / "gauss_table_seed0_smoke.png").exists()
+    lines = (tmp_path / "gauss_table_seed0_smoke.txt").read_text()
+    assert lines.startswith(done) and lines.count("final") == 2
+
+
+def test_gauss_closed_form_against_a_long_discrete_solve(gauss):
+    """Both laws as weights on a fine grid, where sums are integrals to many digits; their plan by Sinkhorn to convergence."""
+    eps, rows = 1.0, []
+    S0, S1 = torch.tensor([[1.0, 0.5], [0.5, 0.7]]).double(), torch.tensor([[0.6, -0.3], [-0.3, 1.1]]).double()
+    plan, T = gauss[2]["exact_plan"](S0, S1, eps)
+    grid = torch.cartesian_prod(*[torch.linspace(-5, 5, 39, dtype=torch.float64)] * 2)
+    p, q = ((-(grid @ torch.linalg.inv(S) * grid).sum(1) / 2).softmax(0) for S in (S0, S1))
+    p, q = ((w + 1e-300) / (w + 1e-300).sum() for w in (p, q))
+    discrete = ot.sinkhorn(p, q, torch.cdist(grid, grid).square() / 2, eps, method="sinkhorn_log", numItermax=200, stopThr=1e-9)
+    pairs = torch.cat([grid.repeat_interleave(len(grid), 0), grid.repeat(len(grid), 1)], 1)
+    assert torch.allclose((pairs * discrete.reshape(-1, 1)).T @ pairs, plan, atol=1e-4)
+    i = (grid - torch.tensor([0.8, -0.5])).norm(dim=1).argmin()
+    x, conditional = grid[i], discrete[i] / discrete[i].sum()
+    assert torch.allclose(conditional @ grid, T @ x, atol=1e-4)
+    spread = grid - conditional @ grid
+    assert torch.allclose((spread * conditional[:, None]).T @ spread, eps * T, atol=1e-4)
+    f = (grid.square().sum(1) - (grid @ torch.linalg.inv(T) * grid).sum(1)) / 2  # grad f(y) = y - T^-1 y, the field of the log
+    log_ratio = conditional.log() - (f - (grid - x).square().sum(1) / 2) / eps
+    assert log_ratio[grid.norm(dim=1) < 2].std() < 1e-3  # pi(.|x) has the form of pi_f
+
+
+def test_gauss_uvp_by_hand(gauss):
+    uvp = gauss[2]["uvp"]
+    corners = torch.tensor([[1.0, 1.0], [1, -1], [-1, 1], [-1, -1]])  # mean 0, covariance I
+    eye, no = torch.eye(2).double(), torch.zeros(2).double()
+    assert uvp(corners, no, eye) == pytest.approx(0, abs=1e-10)
+    assert uvp(corners + torch.tensor([0.3, 0.4]), no, eye) == pytest.approx(100 * 0.25 / 2)  # |m|^2/2 over tr/2 = 1
+    assert uvp(corners, no, torch.diag(torch.tensor([4.0, 1.0])).double()) == pytest.approx(100 * 1 / 5)  # (2 - 1)^2/2 over 5/2
+    turn = torch.tensor([[math.cos(0.5), -math.sin(0.5)], [math.sin(0.5), math.cos(0.5)]]).double()
+    wide, S = corners.double() * torch.tensor([2.0, 1.0]), turn @ torch.diag(torch.tensor([4.0, 1.0])).double() @ turn.T
+    fidelity = math.sqrt((torch.diag(torch.tensor([4.0, 1.0])).double() @ S).trace() + 2 * 4)  # 2 x 2: sqrt(tr P + 2 sqrt(det P))
+    assert uvp(wide, no, S) == pytest.approx(100 * (10 - 2 * fidelity) / 5)
+
+
+def test_gauss_regression(gauss):
+    torch.manual_seed(0)
+    g = gauss[2]
+    slope, residual = torch.randn(3, 3), torch.diag(torch.tensor([1.0, 0.5, 0.8]))
+    x = torch.randn(200_000, 3)
+    pairs = torch.cat([x, x @ slope + torch.randn(200_000, 3) @ residual], 1)
+    found, root = g["regress"](pairs.T @ pairs / len(pairs))
+    assert torch.allclose(found, slope, atol=0.02) and torch.allclose(root @ root.T, residual @ residual, atol=0.02)
+
+
+# ------------------------------------------------------------------------------------------------ eval_fid.py
+
+GOLDEN_FID, GOLDEN_MU = 183.693358, [1.454227, 2.556207, 0.0, 1.441436]  # by pytorch-fid, of the weights and images below
+
+
+@pytest.fixture
+def fid(monkeypatch, capsys, tmp_path):
+    """eval_fid.py in this process, in the folder tmp_path, without network: fid(*options, code=0) -> its output."""
+    def no_network(*a, **k):
+        raise OSError("no network")
+
+    def call(*options, code=0):
+        monkeypatch.setattr(sys, "argv", ["eval_fid.py", "--device", "cpu", *map(str, options)])
+        try:
+            eval_fid.main()
+            ended = 0
+        except SystemExit as end:
+            ended = end.code
+        output = "".join(capsys.readouterr())
+        assert ended == code, output
+        return output
+
+    monkeypatch.setattr("socket.getaddrinfo", no_network)
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    return call
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A file of seeded weights that carry the signal through all layers, laid out like the published one."""
+    torch.manual_seed(0)
+    state = {k: v for k, v in eval_fid.build_network().state_dict().items() if "num_batches" not in k}  # it has none
+    for name, v in state.items():
+        u = torch.rand(v.shape) - 0.5
+        v.copy_(u * (24 / v[0].numel()) ** 0.5 if v.dim() == 4 else 1 + 0.4 * u if name.endswith(("bn.weight", "var")) else 0.2 * u)
+    path = tmp_path_factory.mktemp("weights") / "w.pth"
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+    return path
+
+
+def picture(k, height, width):
+    """(3, height, width) uint8, stripes that differ with k."""
+    i, j, c = torch.meshgrid(*map(torch.arange, (height, width, 3)), indexing="ij")
+    return (((k + 3) * i * (c + 1) + (2 * k + 5) * j * (3 - c)) % 256).to(torch.uint8).permute(2, 0, 1)
+
+
+def write_picture(path, picture, mode="RGB"):
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(picture.permute(1, 2, 0).numpy()).convert(mode).save(path)
+
+
+def gaussian(mu, sigma, **more):
+    return {"mu": torch.tensor(mu, dtype=torch.float64), "sigma": torch.as_tensor(sigma, dtype=torch.float64), **more}
+
+
+def random_covariance(dim, rank):
+    x = torch.randn(dim, rank, dtype=torch.float64) * torch.logspace(1, -4, dim, dtype=torch.float64)[:, None]
+    return x @ x.T / rank
+
+
+def test_fid_has_its_closed_forms():
+    a, b = gaussian([1.0, 2.0], [[2.0, 0.5], [0.5, 1.0]]), gaussian([0.0, 4.0], [[1.0, -0.7], [-0.7, 3.0]])
+    product = a["sigma"] @ b["sigma"]  # 2 x 2: tr sqrt(P) = sqrt(tr P + 2 sqrt(det P))
+    exact = 5 + 3 + 4 - 2 * math.sqrt(product.trace() + 2 * math.sqrt(torch.linalg.det(product)))
+    assert eval_fid.frechet(a, b) == pytest.approx(exact, rel=1e-12) == eval_fid.frechet(b, a)
+    turn = torch.linalg.qr(torch.randn(40, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
+    p, q = torch.linspace(0, 3, 40, dtype=torch.float64), torch.linspace(2, 1, 40, dtype=torch.float64)  # p singular, and commuting:
+    a, b = gaussian([0.0] * 40, turn * p @ turn.T), gaussian([0.1] * 40, turn * q @ turn.T)
+    assert eval_fid.frechet(a, b) == pytest.approx(0.4 + (p.sqrt() - q.sqrt()).square().sum().item(), rel=1e-9)
+
+
+def test_fid_is_exact_where_covariances_are_singular():
+    torch.manual_seed(0)
+    u, v = torch.randn(2, 300, dtype=torch.float64)
+    a, b = gaussian([0.0] * 300, torch.outer(u, u)), gaussian([0.0] * 300, torch.outer(v, v))
+    assert eval_fid.frechet(a, b) == pytest.approx((u @ u + v @ v - 2 * (u @ v).abs()).item(), rel=1e-10)
+    some = [gaussian([0.0] * 300, random_covariance(300, rank)) for rank in (20, 60, 900)]
+    assert max(eval_fid.frechet(s, s) for s in some) < 1e-10
+    for s, t in ((some[0], some[1]), (some[0], some[2])):
+        assert eval_fid.frechet(s, t) == pytest.approx(eval_fid.frechet(t, s), rel=1e-10)
+    point = gaussian([0.0] * 300, torch.zeros(300, 300))
+    assert eval_fid.frechet(point, some[2]) == pytest.approx(some[2]["sigma"].trace().item(), rel=1e-12)
+    assert eval_fid.frechet(point, point) == 0
+    x = torch.randn(5000, 8) * torch.arange(8) + 100
+    s = eval_fid.statistics(x)
+    assert np.allclose(s["mu"], x.double().mean(0)) and np.allclose(s["sigma"], np.cov(x.double().numpy(), rowvar=False), rtol=1e-9)
+
+
+def test_fid_of_saved_statistics(fid):
+    np.savez("a.npz", mu=np.zeros(3), sigma=np.diag([4.0, 1.0, 0.0]))  # as pytorch-fid writes them
+    np.savez("b.npz", mu=np.ones(3), sigma=np.diag([1.0, 1.0, 9.0]), n=3000, resize="box", layer="pool3")
+    output = fid("a.npz", "b.npz")
+    assert final(output)["fid"] == pytest.approx(3 + 1 + 0 + 9) and math.isnan(final(output)["n_a"]) and final(output)["n_b"] == 3000
+    assert "resize box  features pool3" in output and "n is unknown" in output
+    output = fid("b.npz", "b.npz")
+    assert final(output)["fid"] < 1e-6 and "warning: " not in output
+    np.savez("few.npz", mu=np.ones(3), sigma=np.diag([1.0, 1.0, 9.0]), n=100)
+    assert "n is below 2048" in (output := fid("few.npz", "b.npz")) and "0.11 in |m_a - m_b|^2" in output
+    np.savez("c.npz", mu=np.ones(3), sigma=np.eye(3), n=3000, resize="lanczos", layer="pool3")
+    refuses(fid("b.npz", "c.npz", code=2), "resize", "box", "lanczos")
+    np.savez("d.npz", mu=np.ones(2), sigma=np.eye(2))
+    refuses(fid("b.npz", "d.npz", code=2), "dim", "3", "2")
+
+
+def test_fid_of_images_is_that_of_pytorch_fid(fid, weights, tmp_path):
+    for k, (mode, name) in enumerate((("RGB", "a.png"), ("L", "b.png"), ("RGBA", "c.PNG"), ("P", "d.png"), ("CMYK", "e.tif"))):
+        write_picture(tmp_path / "A" / name, picture(k, 40 + 9 * k, 300 - 60 * k), mode)
+    y = torch.stack([picture(k, 32, 32) for k in range(4)]).view(2, 2, 3, 32, 32)
+    torch.save({"x": torch.zeros(2, 3, 32, 32), "y": y / 127.5 - 1}, "pairs.pt")
+    (tmp_path / "A" / "notes.txt").write_text("not an image, and not named like one")
+    (tmp_path / "A" / "text.png").write_text("not an image")
+    whole = (tmp_path / "A" / "a.png").read_bytes()
+    (tmp_path / "A" / "half.png").write_bytes(whole[:len(whole) // 2])  # its header is good
+    Image.fromarray(np.full((9, 9), 40_000, np.uint16)).save("A/deep.png")
+    refuses(fid("A", "pairs.pt", "--weights", weights, code=2), "text.png", "deep.png", "--skip-broken")
+
+    output = fid("A", "pairs.pt", "--weights", weights, "--skip-broken", "--save", "A.npz")
+    assert all(f"skipped in A: {name}" in output for name in ("text.png", "deep.png", "half.png"))
+    assert "not the published file" in output and "bilinear" in output and "pool3" in output and "2048-d" in output and output.count("n is below 2048") == 2
+    numbers = final(output)
+    assert (numbers["n_a"], numbers["n_b"]) == (5, 4)
+    assert numbers["fid"] == pytest.approx(GOLDEN_FID, rel=1e-4)
+    with np.load("A.npz") as kept:
+        assert kept["mu"].shape == (2048,) and kept["n"] == 5
+        assert kept["mu"][:4] == pytest.approx(GOLDEN_MU, abs=1e-5)
+    refuses(fid("pairs.pt", "--save", "A.npz", code=2), "--save A.npz", "exists")
+
+
+def test_features_do_not_depend_on_batch_size_or_format(weights, tmp_path, monkeypatch):
+    pictures = torch.stack([picture(k, 48, 31) for k in range(3)])
+    for k, p in enumerate(pictures):
+        write_picture(tmp_path / "f" / f"{k}.png", p)
+    torch.save(pictures, tmp_path / "u.pt")
+    torch.save((pictures / 127.5 - 1).half().float() * 1.0001, tmp_path / "f.pt")  # rounded and clipped, as on the way to a PNG
+    sets = [eval_fid.open_set(str(tmp_path / name), False) for name in ("f", "u.pt", "f.pt")]
+    one, *others = [[s["read"](item) for item in s["items"]] for s in sets]
+    assert all(torch.equal(a, b) for other in others for a, b in zip(one, other))
+
+    cpu = torch.device("cpu")
+    net, _ = eval_fid.load_network(str(weights), cpu)
+    together = eval_fid.features(net, "u.pt", **sets[1], skip=False, device=cpu)
+    monkeypatch.setattr(eval_fid, "BATCH", 2)
+    apart = eval_fid.features(net, "f", **sets[0], skip=False, device=cpu)
+    assert together.shape == (3, 2048) and torch.allclose(together, apart, atol=1e-5) and together.std(0).mean() > 0.01
+
+
+BAD_SETS = {
+    "missing": (None, "No such file"),
+    "empty": ("folder", "no images of its own"),
+    "single": ({"a.png": picture(0, 8, 8)}, "1 usable image:"),
+    "broken": ({"a.png": picture(0, 8, 8), "b.png": b"?", "c.jpg": b""}, "b.png", "c.jpg", "--skip-broken"),
+    "notes.txt": (b"?", "neither"),
+    "text.pt": (b"?", "not a readable .pt"),
+    "foreign.pt": (b"cos\nsystem\n(S'touch executed'\ntR.", "not a readable .pt"),
+    "model.pt": ({"f": torch.zeros(3)}, "no y", "(N, 3, H, W)"),
+    "list.pt": ([1, 2], "no y"),
+    "flat.pt": (torch.zeros(5, 3), "(5, 3)"),
+    "four.pt": (torch.zeros(5, 4, 8, 8), "(5, 4, 8, 8)"),
+    "none.pt": (torch.zeros(0, 3, 8, 8), "(0, 3, 8, 8)"),
+    "one.pt": (picture(0, 8, 8)[None], "1 usable image:"),
+    "unit.pt": (picture(0, 8, 8)[None] / 255, "from 0 to", "[-1, 1]"),
+    "large.pt": (picture(0, 8, 8)[None] - 100.0, "from -100 to"),
+    "nan.pt": (torch.full((2, 3, 8, 8), math.nan), "nan"),
+    "int.pt": (picture(0, 8, 8)[None].long(), "int64", "from 0 to"),
+    "text.npz": (b"?", "mean mu"),
+    "foreign.npz": ({"mu": np.zeros(2)}, "mean mu"),
+    "pickle.npz": ({"mu": np.zeros(2), "sigma": np.array([{}, {}])}, "mean mu"),
+    "shape.npz": ({"mu": np.zeros(2), "sigma": np.eye(3)}, "covariance sigma"),
+    "nan.npz": ({"mu": np.zeros(2), "sigma": np.full((2, 2), np.nan)}, "covariance sigma"),
+    "skew.npz": ({"mu": np.zeros(2), "sigma": np.array([[1, 0.5], [0, 1]])}, "covariance sigma"),
+    "negative.npz": ({"mu": np.zeros(2), "sigma": np.diag([1, -0.5])}, "covariance sigma"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SETS)
+def test_bad_sets_are_said_before_any_download(fid, name, tmp_path):
+    held, *words = BAD_SETS[name]
+    path = tmp_path / name
+    if held == "folder" or isinstance(held, dict) and "." not in name:
+        path.mkdir()
+        (path / "sub").mkdir()
+        for file, content in held.items() if held != "folder" else ():
+            path.joinpath(file).write_bytes(content) if isinstance(content, bytes) else write_picture(path / file, content)
+    elif isinstance(held, bytes):
+        path.write_bytes(held)
+    elif name.endswith(".npz"):
+        np.savez(path, **held)
+    elif held is not None:
+        torch.save(held, path)
+    torch.save(torch.stack([picture(k, 8, 8) for k in range(2)]), "good.pt")
+    refuses(fid("good.pt", name, code=2), name, *words)
+    assert not (tmp_path / "executed").exists() and not (tmp_path / "hub").exists()
+
+
+def test_folder_without_permission(fid, monkeypatch, tmp_path):  # root may read all, so by hand
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(eval_fid.os, "listdir", refuse)
+    refuses(fid(".", "--save", "a.npz", code=2), ". cannot be read (Permission denied)")
+
+
+@pytest.mark.parametrize("options, words", [
+    ([], "required"), (["good.pt"], "two sets"), (["good.pt"] * 3, "two sets"), (["good.pt", "good.pt", "--sede"], "--sede"),
+    (["good.pt", "--save", "x.pt"], ".npz"), (["good.pt", "--save", "missing/x.npz"], "folder you can write to"),
+    (["good.pt", "good.pt", "--weights", "missing.pth"], "--weights missing.pth"), (["good.pt", "good.pt", "--weights", "good.pt"], "good.pt cannot be read"),
+    (["good.pt", "good.pt", "--weights", "resnet.pth"], "resnet.pth cannot be read"), (["good.pt", "good.pt", "--device", "gpu7"], "--device gpu7"),
+    (["good.pt", "good.pt"], "no network")])
+def test_bad_command_lines_and_weights(fid, options, words, tmp_path):
+    torch.save(torch.stack([picture(k, 8, 8) for k in range(2)]), "good.pt")
+    torch.save({"conv1.weight": torch.zeros(2)}, "resnet.pth")
+    refuses(fid(*options, code=2), words)
+    assert not list((tmp_path / "hub").rglob("*.*"))  # no half of a download left as a whole
+
+
+def test_weights_are_downloaded_once_and_checked(fid, weights, monkeypatch, tmp_path):
+    monkeypatch.setattr(eval_fid, "URL", weights.as_uri())
+    torch.save(torch.stack([picture(k, 8, 8) for k in range(2)]), "good.pt")
+    refuses(fid("good.pt", "--save", "a.npz", code=2), "invalid hash value", "--weights")  # as half a file has
+    assert not list((tmp_path / "hub").rglob("*.*"))
+    monkeypatch.setattr(eval_fid, "SHA256", hashlib.sha256(weights.read_bytes()).hexdigest()[:8])
+    first = fid("good.pt", "--save", "a.npz")
+    assert "downloading" in first and "not the published" not in first and final(first)["n_a"] == 2
+    second = fid("good.pt", "--save", "b.npz")
+    assert "downloading" not in second and np.array_equal(np.load("a.npz")["sigma"], np.load("b.npz")["sigma"])  # deterministic
+    with open(next((tmp_path / "hub").rglob("*.pth")), "r+b") as file:
+        file.truncate(1000)
+    refuses(fid("good.pt", "--save", "c.npz", code=2), "delete it to download")
+
+
+def test_fid_from_the_shell(tmp_path):
+    refuses(run("eval_fid.py", "missing", "too", cwd=tmp_path, code=2), "missing cannot be read")
+
+
+# ------------------------------------------------------------------------------------------------ stylegan2.py
+
+TRIPWIRE = "raise RuntimeError('executed')"  # stands where an official file carries source text that NVIDIA's loader runs
+BLUR = torch.tensor([[1.0, 3, 3, 1], [3, 9, 9, 3], [3, 9, 9, 3], [1, 3, 3, 1]]) / 64
+
+
+class Reduced:
+    """Pickles as function(*args)."""
+
+    def __init__(self, function, *args):
+        self.reduced = function, args
+
+    def __reduce__(self):
+        return self.reduced
+
+
+@pytest.fixture
+def official(monkeypatch):
+    """-> persistent(tensors by name, edit), an object tree that pickles in the official layout; edit(name, meta) may spoil it."""
+    def reconstruct(meta): pass
+    class EasyDict(dict): pass
+    for value, name, module in (reconstruct, "_reconstruct_persistent_obj", "torch_utils.persistence"), (EasyDict, "EasyDict", "dnnlib.util"):
+        value.__module__, value.__name__, value.__qualname__ = module, name, name
+        monkeypatch.setitem(sys.modules, module.split(".")[0], types.ModuleType(module.split(".")[0]))
+        monkeypatch.setitem(sys.modules, module, types.ModuleType(module))
+        setattr(sys.modules[module], name, value)
+    kinds = {"synthesis": "SynthesisNetwork", "mapping": "MappingNetwork", "fc": "FullyConnectedLayer", "affine": "FullyConnectedLayer",
+             "b": "SynthesisBlock", "conv": "SynthesisLayer", "torgb": "ToRGBLayer", "": "Generator"}
+
+    def persistent(tensors, edit=lambda name, meta: None, name="", clamp=256, **sizes):
+        own = {k[len(name):].lstrip("."): t for k, t in tensors.items() if not name or k.startswith(name + ".")}
+        children = dict.fromkeys(k.split(".")[0] for k in own if "." in k)
+        kind = kinds[name.split(".")[-1].rstrip("0123456789")]
+        leaves = {k: t for k, t in own.items() if "." not in k}
+        buffers = {k: leaves.pop(k) for k in ("w_avg", "noise_const") if k in leaves}
+        if kind in ("SynthesisLayer", "SynthesisBlock"):
+            buffers.update(resample_filter=BLUR)
+        state = dict(sizes, training=False, _buffers=collections.OrderedDict(buffers), _non_persistent_buffers_set=set(),
+                     _parameters={k: torch.nn.Parameter(t, requires_grad=False) for k, t in leaves.items()},
+                     _modules={k: persistent(tensors, edit, f"{name}.{k}".lstrip("."), clamp) for k in children},
+                     _init_kwargs={"synthesis_kwargs": EasyDict(channel_max=16)})
+        if kind in ("SynthesisLayer", "ToRGBLayer"):
+            state.update(conv_clamp=clamp)
+        if kind == "SynthesisBlock":
+            state.update(architecture="skip", img_channels=3, is_last=False)
+        meta = dict(type="class", version=6, module_src=TRIPWIRE, class_name=kind, state=state)
+        edit(name, meta)
+        return Reduced(reconstruct, meta)
+
+    return persistent
+
+
+def tensors_of(G):
+    """The golden fill: tensor k of the sorted names, element i: S sin(0.7 i + 0.011 i^2 + 1.3 k) + O."""
+    filled = {}
+    for k, (name, like) in enumerate(sorted(G.state_dict().items())):
+        i = torch.arange(like.numel(), dtype=torch.float64)
+        scale = (140 if name.endswith("weight") else 20) if name.startswith("mapping.fc") else 1
+        filled[name] = (scale * torch.sin(0.7 * i + 0.011 * i * i + 1.3 * k) + name.endswith("affine.bias")).view(like.shape).float()
+    return filled
+
+
+def write_generator(path, G_ema, protocol=3):
+    with open(path, "wb") as file:
+        pickle.dump({"training_set_kwargs": None, "G": None, "D": None, "G_ema": G_ema, "augment_pipe": None}, file, protocol)
+    return str(path)
+
+
+GOLDEN_G = stylegan2.random_generator(16, 16, 32, channel_base=256, channel_max=16, num_layers=3)  # its shapes; the fill is written over
+SIZES = dict(z_dim=16, c_dim=0, w_dim=16, img_resolution=32, img_channels=3, num_ws=8)
+Z = torch.cos(0.3 * torch.arange(16, dtype=torch.float64) + torch.arange(2.0)[:, None])
+PIXELS = [(0, 0, 0, 0), (0, 0, 15, 16), (0, 1, 7, 19), (0, 2, 20, 27), (1, 0, 5, 23), (1, 1, 22, 6), (1, 2, 31, 31)]
+IMAGES = {  # mean, standard deviation, min, max and these pixels, of NVIDIA's own code in float64
+    "psi 1": (-4.286035, 6.176219, -19.10019, 6.61679, [-10.30296, -15.80315, -1.976171, 3.803489, -14.89609, -2.919354, 1.545621]),
+    "psi 0.7": (-4.237798, 6.323572, -18.60899, 7.127817, [-10.85726, -15.88444, -2.479096, 4.548037, -15.30063, -3.060544, 1.485965]),
+    "cutoff": (-4.336797, 6.268508, -19.0198, 6.756815, [-10.42012, -15.95145, -2.117941, 3.976499, -14.80746, -2.81815, 1.503137]),
+    "w+": (-4.483267, 6.28553, -19.93862, 6.924378, [-9.985817, -16.24441, -2.050501, 3.327871, -14.61837, -3.365355, 1.564344]),
+    "none": (-4.09301, 5.884787, -14.47904, 4.302935, [-7.738234, -13.89144, -3.361853, 1.829571, -12.59343, -3.535415, 1.069376]),
+    "clamp": (-1.498623, 2.823838, -5.968215, 3.399422, [-3.085327, -5.335245, -0.8628231, 2.393959, -5.564339, -0.8468441, 1.732672])}
+W = {1: [-0.1272633, -0.1315599, -0.0347856, -0.1483324, 0.7649752, 0.0968951, -0.0462900, -0.1433072,
+         0.0624277, 0.2312003, 1.0185607, 0.4580360, 1.0840165, -0.0192113, -0.1706454, 1.4521106],  # of z[1]
+     0.7: [0.2104787, 0.1454531, 0.0295886, -0.2667872, 0.2426856, -0.1832066, -0.0832673, 0.0865984,
+           0.3435344, 0.3589698, 0.6557349, 0.0501994, 0.4962941, -0.0405776, 0.1167431, 1.2978080]}
+GRAD = [[5.7195053, -1.5003666, 8.3485594, -13.520618, 2.2741955, 5.5403229, -5.0594954, -2.4255905,
+         -0.48462275, 9.9022305, 1.6795949, -8.5034288, -0.97797676, 0.41667215, 11.593416, -2.884496],  # of mean(G(z)^2)
+        [2.2735129, 9.3651664, 12.1683, -0.572969, -4.123111, 6.2566718, -4.2493832, -0.77733928,
+         4.8102675, 10.108245, -5.7993637, -2.8749009, -5.4582501, 1.206714, -2.4930598, 4.0261726]]
+
+
+def check_golden(G, small_clamp, tolerance, device="cpu", **how):
+    G, small_clamp, z = G.to(device), small_clamp.to(device), Z.float().to(device)
+    for psi, w in W.items():
+        assert (G.mapping(z, truncation_psi=psi)[1].cpu() - torch.tensor(w)).abs().max() < 2e-6
+    per_layer = G.mapping(z) * (1 + 0.1 * torch.arange(8.0, device=device))[:, None]
+    images = {"psi 1": G(z, **how), "psi 0.7": G(z, truncation_psi=0.7, **how), "none": G(z, noise_mode="none", **how),
+              "cutoff": G.synthesis(G.mapping(z, truncation_psi=0.7, truncation_cutoff=3), **how),
+              "w+": G.synthesis(per_layer, **how), "clamp": small_clamp(z, **how)}
+    for name, (mean, std, low, high, pixels) in IMAGES.items():
+        image = images[name].double().cpu()
+        found = [image.mean(), image.std(correction=0), image.min(), image.max()] + [image[i] for i in PIXELS]
+        error = max(abs(a.item() - b) for a, b in zip(found, [mean, std, low, high] + pixels)) / max(-low, high)
+        assert error < tolerance, (name, error)
+    z.requires_grad_()
+    grad, = torch.autograd.grad(G(z, **how).square().mean(), z)
+    assert (grad.cpu() - torch.tensor(GRAD)).abs().max() / 13.5 < 10 * tolerance
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4])
+def test_official_layout_gives_the_golden_numbers(tmp_path, official, protocol):
+    tensors = tensors_of(GOLDEN_G)
+    name = "synthesis.b32.conv0.weight"  # as --nhwc training stores it
+    stored = {**tensors, name: tensors[name].contiguous(memory_format=torch.channels_last)}
+    G, small_clamp = (stylegan2.load_generator(write_generator(tmp_path / "g.pkl", official(stored, clamp=c, **SIZES), protocol)) for c in (256, 1.5))
+    assert (G.z_dim, G.w_dim, G.num_ws, G.img_resolution, G.img_channels) == (16, 16, 8, 32, 3)
+    assert all(torch.equal(G.state_dict()[k], t) for k, t in tensors.items()) and not any(p.requires_grad for p in G.parameters())
+    if protocol == 3:
+        check_golden(G, small_clamp, 2e-6)
+        check_golden(G, small_clamp, 2e-3, fp16=True)  # the same route as on a GPU, 1e-3 = two units of its last place
+        if torch.cuda.is_available():
+            torch.backends.cudnn.allow_tf32 = False  # torch's default rounds convolutions to ten bits on Ampere and later
+            check_golden(G, small_clamp, 2e-5, "cuda", fp16=False)
+
+
+def test_gradient_is_that_of_the_image_in_float64():
+    G = stylegan2.random_generator(6, 5, 8, channel_base=32, channel_max=4, num_layers=2, conv_clamp=1.0, seed=1).double()
+    for name, t in tensors_of(G).items():
+        G.state_dict()[name].copy_(t)
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(2, 6, dtype=torch.float64, generator=generator, requires_grad=True)
+    direction = torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=generator)
+    assert torch.autograd.gradcheck(lambda z: (G(z) * direction).sum(), z)
+
+
+def test_stopping_early_gives_the_smaller_generator_at_its_cost():
+    small = stylegan2.random_generator(16, 16, 8, channel_base=256, channel_max=16, num_layers=3)
+    small.load_state_dict({k: GOLDEN_G.state_dict()[k] for k in small.state_dict()})
+    image = GOLDEN_G(Z.float(), resolution=8)
+    assert image.shape == (2, 3, 8, 8) and torch.equal(image, small(Z.float()))
+    from torch.utils.flop_counter import FlopCounterMode
+    for resolution in (8, 32):
+        with FlopCounterMode(display=False) as counter:
+            GOLDEN_G(Z[:1].float(), resolution=resolution)
+        assert GOLDEN_G.flops(resolution) == pytest.approx(counter.get_total_flops(), rel=0.1)
+    for wrong in (dict(resolution=12), dict(noise_mode="constant")):
+        with pytest.raises(ValueError):
+            GOLDEN_G(Z.float(), **wrong)
+
+
+def test_random_noise_has_the_strength_of_the_file():
+    G = stylegan2.random_generator(4, 4, 4, channel_base=16, channel_max=4, num_layers=1)
+    G.synthesis.b4.conv1.noise_strength.fill_(1e-3)  # small enough to be linear but at the kink of lrelu
+    ws = G.mapping(torch.randn(1, 4, generator=torch.Generator().manual_seed(0))).expand(4000, -1, -1)
+    torch.manual_seed(0)
+    x = stylegan2.Layer.forward(G.synthesis.b4.conv1, G.synthesis.b4.const.expand(4000, -1, -1, -1), ws[:, 0], "random")
+    up = x.mean(0) > 0.1
+    assert up.any() and (x.std(0)[up] / math.sqrt(2) * 1e3).mean() == pytest.approx(1, rel=0.02)
+
+
+# ------------------------------------------------------------------------------------------------ files to refuse
+
+TINY = stylegan2.random_generator(4, 4, 8, channel_base=32, channel_max=4, num_layers=2)
+LAYOUT = dict(z_dim=4, c_dim=0, w_dim=4, img_resolution=8, img_channels=3, num_ws=4)
+
+
+def in_state(key, value, at="mapping.fc1"):
+    return lambda name, meta: meta["state"].update({key: value}) if name == at else None
+
+
+def in_table(table, key, value, at="mapping.fc1"):
+    return lambda name, meta: meta["state"][table].update({key: value}) if name == at else None
+
+
+def bias(storage, offset=0, size=(4,), stride=(1,)):
+    storage = Reduced(torch.storage._load_from_bytes, storage) if isinstance(storage, bytes) else storage
+    return in_table("_parameters", "bias", Reduced(torch._utils._rebuild_tensor_v2, storage, offset, size, stride, False, {}))
+
+
+def test_poisoned_and_foreign_files_are_refused_by_one_sentence_and_nothing_is_run(tmp_path, official):
+    trip, tiny = tmp_path / "tripwire", TINY.state_dict()
+    mkdir, code = Reduced(os.mkdir, str(trip)), f"import os; os.mkdir({str(trip)!r})"
+    path = "\x8c".encode("latin1") + bytes([len(str(trip))]) + str(trip).encode()
+    bomb, zipped = pickle.dumps(mkdir, 2), io.BytesIO()
+    torch.save(torch.zeros(4), zipped)
+    blob = torch.zeros(4).__reduce_ex__(2)[1][0].__reduce__()[1][0]  # of the storage
+    cuts = [0]
+    for _ in range(5):  # its five inner pickles
+        stream = io.BytesIO(blob[cuts[-1]:])
+        collections.deque(pickletools.genops(stream), 0)
+        cuts.append(cuts[-1] + stream.tell())
+    shared = Reduced(torch.storage._load_from_bytes, torch.zeros(50_000).__reduce_ex__(2)[1][0].__reduce__()[1][0])
+    shared = Reduced(torch._utils._rebuild_tensor_v2, shared, 0, (4, 4, 3, 3), (36, 9, 3, 1), False, {})
+
+    edits = [  # what the sentence must say, and what is done to a file that would load
+        ("'posix mkdir'", in_state("x", mkdir)), ("'builtins exec'", in_state("x", Reduced(exec, code))),
+        ("'builtins eval'", in_state("x", Reduced(eval, code), "")), ("'builtins getattr'", in_state("x", Reduced(getattr, "",
+        "join"))),
+        ("'torch.nn.modules.linear Linear'", in_state("x", torch.nn.Linear(1, 1))),
+        ("Counter'", in_state("x", collections.Counter())),
+        *[("'posix mkdir'", bias(blob[:a] + bomb + blob[b:])) for a, b in zip(cuts, cuts[1:])],
+        ("malformed", bias(zipped.getvalue())), ("another size", bias(blob + b"1234")), ("another size", bias(blob[:-4])),
+        ("has no storage", bias("1" * 16)),
+        ("beyond", bias(blob, 0, (5,))), ("beyond", bias(blob, 1)), ("beyond", bias(blob, 0, (2,), (10 ** 12,))),
+        ("beyond", bias(blob, 0, (2 ** 31, 2 ** 31), (0, 0))), ("impossible shape", bias(blob, -1)),
+        ("impossible shape", bias(blob, 3, (4,), (-1,))), ("impossible shape", bias(blob, 0, (0,))),
+        ("share storages",
+        lambda name, meta: meta["state"]["_parameters"].update(weight=shared) if "conv" in name and "affine" not in name else None),
+        ("DoubleStorage", in_table("_parameters", "bias", torch.zeros(4, dtype=torch.float64))),
+        ("not finite", in_table("_parameters", "bias", torch.full((4,), math.nan))),
+        ("bias is missing", in_table("_parameters", "bias", None)), ("tensor that is none", in_table("_parameters",
+        "bias", [1.0])),
+        ("extra is unknown", in_table("_parameters", "extra", torch.zeros(1))), ("another shape", in_state("z_dim", 5, "")),
+        ("StyleGAN3", in_table("_modules", "input", official(tiny, name="synthesis.b4.torgb"), "synthesis")),
+        ("module that is none", in_table("_modules", "input", {}, "synthesis")), ("sizes are impossible", in_state("_modules", {},
+        "mapping")),
+        ("another version", lambda name, meta: meta.update(version=7)), ("class_name",
+        lambda name, meta: meta.update(class_name="Discriminator")),
+        ("activation of mapping.fc1", in_state("activation", "relu")), ("bias_gain", in_state("bias_gain", 0.02)),
+        ("c_dim", in_state("c_dim", 10, "")), ("sizes are impossible", in_state("z_dim", 2 ** 62, "")),
+        ("is missing", in_state("img_resolution", 16, "")),
+        ("architecture", in_state("architecture", "resnet", "synthesis.b4")), ("conv_clamp", in_state("conv_clamp", -1.0,
+        "synthesis.b4.conv1")),
+        ("KeyError", lambda name, meta: meta["state"].pop("conv_clamp", 0)), ("KeyError",
+        lambda name, meta: meta["state"].pop("w_dim", 0)),
+        ("keys that are no names", in_state("x", {1: 2})), ("other things than names", in_state("x", {1}))]
+    good = open(write_generator(tmp_path / "good.pkl", official(tiny, **LAYOUT)), "rb").read()
+    files = [(words, open(write_generator(tmp_path / "bad.pkl", official(tiny, edit, **LAYOUT)), "rb").read()) for words, edit in edits] + [
+        ("'posix mkdir'", b"cposix\nmkdir\n" + path + b"\x85R."), ("opcode INST", b"(" + path + b"iposix\nmkdir\n."),
+        ("opcode OBJ", b"(NNo."),
+        ("opcode EXT1", b"\x82\x01."), ("opcode BINPERSID", b"NQ."), ("opcode PERSID", b"Pa\n."), ("opcode DUP", b"]2."),
+        ("opcode NEWOBJ_EX", b"cdnnlib.util\nEasyDict\n)}\x92."), ("sets the state", b"}}b."), ("no function", b"})R."),
+        ("without a name", b"]]\x93."),
+        ("no G_ema", b"}."), ("fills", b"N]a."),
+        ("too often", b"(](" + b"X\x01\0\0\0a" * 100 + b"eq\0cbuiltins\nset\nq\1" + b"h\1h\0\x85R" * 500 + b"t."), ("KeyError",
+        b"j\xff\xff\xff\x7f."), ("no G_ema", b"Nr\xff\xff\xff\xff."), ("cut short", b"B\xff\xff\xff\xff."),
+        ("too many parts", b"]" * (stylegan2.MAX_OPCODES + 1)), ("no G_ema", b"(" * 100_000 + b"N" + b"t" * 100_000 + b"."),
+        ("keys", b"}N" + b"\x85" * 100_000 + b"Ns."), ("zip", zipped.getvalue()), ("malformed", b"an html page"),
+        ("follows", good + b"\n"),
+        *[("cut short", good[:n]) for n in (0, 1, 1000, len(good) // 2, len(good) - 1)]]
+    bad, wrong = str(tmp_path / "bad.pkl"), []
+    for words, content in files:
+        open(bad, "wb").write(content)
+        try:
+            wrong.append((words, stylegan2.load_generator(bad)))
+        except stylegan2.BadFile as error:
+            if words not in str(error) or not str(error).startswith(bad) or "\n" in str(error):
+                wrong.append((words, str(error)))
+    assert not wrong and not trip.exists()
+    with pytest.raises(stylegan2.BadFile, match="cannot read"):
+        stylegan2.load_generator(str(tmp_path / "none.pkl"))
+    assert stylegan2.load_generator(str(tmp_path / "good.pkl")).num_ws == 4  # what they were all made from does load
+    pickle.loads(bomb)
+    assert trip.exists()  # and the poison was poison
 
 
 if __name__ == "__main__":

@@ -281,8 +281,8 @@ def save():
 
 
 save()  # a full disk or a folder without permission shows now, not in an hour
-stop.armed = True
-while step < STEPS and not stop:
+stop.armed, last = True, step == STEPS
+while not last:
     step += 1
     lr = LR * min(1.0, step / WARMUP) * (0.5 * (1 + math.cos(math.pi * step / STEPS)) if LR_FALLS else 1.0)
     for group in opt.param_groups:
@@ -302,8 +302,8 @@ while step < STEPS and not stop:
     gap = common.train_step(f, opt, y_pos, y_neg)
     common.average_weights(f_avg, f, AVERAGE, step)
 
-    due = progress.save_due()
-    if due or stop or step == STEPS or step % LOG_EVERY == 0:
+    last, due = step == STEPS or bool(stop), progress.save_due()  # asked once: nothing is saved unchecked
+    if due or last or step % LOG_EVERY == 0:
         largest = torch.cat([p.detach().flatten() for p in f.parameters()]).abs().max()
         now = dict(zip(("gap", "y", "eta", "accept", "jump", "weight"),
                        torch.stack([gap, y_neg.norm(dim=1).mean(), eta, accepted, jumped, largest]).tolist()))  # the only sync
