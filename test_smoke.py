@@ -961,8 +961,7 @@ def test_poisoned_and_foreign_files_are_refused_by_one_sentence_and_nothing_is_r
 
     edits = [  # what the sentence must say, and what is done to a file that would load
         ("'posix mkdir'", in_state("x", mkdir)), ("'builtins exec'", in_state("x", Reduced(exec, code))),
-        ("'builtins eval'", in_state("x", Reduced(eval, code), "")), ("'builtins getattr'", in_state("x", Reduced(getattr, "",
-        "join"))),
+        ("'builtins eval'", in_state("x", Reduced(eval, code), "")), ("'builtins getattr'", in_state("x", Reduced(getattr, "", "join"))),
         ("'torch.nn.modules.linear Linear'", in_state("x", torch.nn.Linear(1, 1))),
         ("Counter'", in_state("x", collections.Counter())),
         *[("'posix mkdir'", bias(blob[:a] + bomb + blob[b:])) for a, b in zip(cuts, cuts[1:])],
@@ -971,25 +970,22 @@ def test_poisoned_and_foreign_files_are_refused_by_one_sentence_and_nothing_is_r
         ("beyond", bias(blob, 0, (5,))), ("beyond", bias(blob, 1)), ("beyond", bias(blob, 0, (2,), (10 ** 12,))),
         ("beyond", bias(blob, 0, (2 ** 31, 2 ** 31), (0, 0))), ("impossible shape", bias(blob, -1)),
         ("impossible shape", bias(blob, 3, (4,), (-1,))), ("impossible shape", bias(blob, 0, (0,))),
-        ("share storages",
-        lambda name, meta: meta["state"]["_parameters"].update(weight=shared) if "conv" in name and "affine" not in name else None),
+        ("share storages", lambda name, meta: meta["state"]["_parameters"].update(weight=shared) if "conv" in name and "affine" not in name else None),
         ("DoubleStorage", in_table("_parameters", "bias", torch.zeros(4, dtype=torch.float64))),
         ("not finite", in_table("_parameters", "bias", torch.full((4,), math.nan))),
-        ("bias is missing", in_table("_parameters", "bias", None)), ("tensor that is none", in_table("_parameters",
-        "bias", [1.0])),
+        ("bias is missing", in_table("_parameters", "bias", None)), ("tensor that is none", in_table("_parameters", "bias", [1.0])),
         ("extra is unknown", in_table("_parameters", "extra", torch.zeros(1))), ("another shape", in_state("z_dim", 5, "")),
         ("StyleGAN3", in_table("_modules", "input", official(tiny, name="synthesis.b4.torgb"), "synthesis")),
-        ("module that is none", in_table("_modules", "input", {}, "synthesis")), ("sizes are impossible", in_state("_modules", {},
-        "mapping")),
-        ("another version", lambda name, meta: meta.update(version=7)), ("class_name",
-        lambda name, meta: meta.update(class_name="Discriminator")),
+        ("module that is none", in_table("_modules", "input", {}, "synthesis")), ("sizes are impossible", in_state("_modules", {}, "mapping")),
+        ("another version", lambda name, meta: meta.update(version=7)),
+        ("class_name", lambda name, meta: meta.update(class_name="Discriminator")),
         ("activation of mapping.fc1", in_state("activation", "relu")), ("bias_gain", in_state("bias_gain", 0.02)),
         ("c_dim", in_state("c_dim", 10, "")), ("sizes are impossible", in_state("z_dim", 2 ** 62, "")),
         ("is missing", in_state("img_resolution", 16, "")),
-        ("architecture", in_state("architecture", "resnet", "synthesis.b4")), ("conv_clamp", in_state("conv_clamp", -1.0,
-        "synthesis.b4.conv1")),
-        ("KeyError", lambda name, meta: meta["state"].pop("conv_clamp", 0)), ("KeyError",
-        lambda name, meta: meta["state"].pop("w_dim", 0)),
+        ("architecture", in_state("architecture", "resnet", "synthesis.b4")),
+        ("conv_clamp", in_state("conv_clamp", -1.0, "synthesis.b4.conv1")),
+        ("KeyError", lambda name, meta: meta["state"].pop("conv_clamp", 0)),
+        ("KeyError", lambda name, meta: meta["state"].pop("w_dim", 0)),
         ("keys that are no names", in_state("x", {1: 2})), ("other things than names", in_state("x", {1}))]
     good = open(write_generator(tmp_path / "good.pkl", official(tiny, **LAYOUT)), "rb").read()
     files = [(words, open(write_generator(tmp_path / "bad.pkl", official(tiny, edit, **LAYOUT)), "rb").read()) for words, edit in edits] + [
@@ -999,8 +995,8 @@ def test_poisoned_and_foreign_files_are_refused_by_one_sentence_and_nothing_is_r
         ("opcode NEWOBJ_EX", b"cdnnlib.util\nEasyDict\n)}\x92."), ("sets the state", b"}}b."), ("no function", b"})R."),
         ("without a name", b"]]\x93."),
         ("no G_ema", b"}."), ("fills", b"N]a."),
-        ("too often", b"(](" + b"X\x01\0\0\0a" * 100 + b"eq\0cbuiltins\nset\nq\1" + b"h\1h\0\x85R" * 500 + b"t."), ("KeyError",
-        b"j\xff\xff\xff\x7f."), ("no G_ema", b"Nr\xff\xff\xff\xff."), ("cut short", b"B\xff\xff\xff\xff."),
+        ("too often", b"(](" + b"X\x01\0\0\0a" * 100 + b"eq\0cbuiltins\nset\nq\1" + b"h\1h\0\x85R" * 500 + b"t."),
+        ("KeyError", b"j\xff\xff\xff\x7f."), ("no G_ema", b"Nr\xff\xff\xff\xff."), ("cut short", b"B\xff\xff\xff\xff."),
         ("too many parts", b"]" * (stylegan2.MAX_OPCODES + 1)), ("no G_ema", b"(" * 100_000 + b"N" + b"t" * 100_000 + b"."),
         ("keys", b"}N" + b"\x85" * 100_000 + b"Ns."), ("zip", zipped.getvalue()), ("malformed", b"an html page"),
         ("follows", good + b"\n"),
@@ -1019,6 +1015,179 @@ def test_poisoned_and_foreign_files_are_refused_by_one_sentence_and_nothing_is_r
     assert stylegan2.load_generator(str(tmp_path / "good.pkl")).num_ws == 4  # what they were all made from does load
     pickle.loads(bomb)
     assert trip.exists()  # and the poison was poison
+
+
+# ------------------------------------------------------------------------------------------------ train_afhq_latent.py
+
+@pytest.fixture(scope="module")
+def afhq(tmp_path_factory):
+    """The folder of a whole smoke run, its output and globals."""
+    folder = tmp_path_factory.mktemp("afhq")
+    return folder, *here("train_afhq_latent.py", "--smoke", "--device", "cpu", "--out", folder / "whole", "--translate", folder / "dogs")
+
+
+@pytest.fixture
+def values(afhq):
+    return afhq[2]
+
+
+def test_afhq_smoke_translates_stops_and_resumes_to_the_bit(tmp_path, monkeypatch, afhq):
+    folder, output, values = afhq
+    scores = final(output)
+    assert all(math.isfinite(v) for v in scores.values())
+    assert set(os.listdir(folder / "whole")) == {"afhq_cat_eps1_smoke.pt", "afhq_cat_eps1_smoke.png", "afhq_cat_eps1_smoke_data"}
+    pictures = sorted(os.listdir(folder / "dogs"))
+    assert len(pictures) == 6 * values["PER_IMAGE"] and pictures[0] == "val_cat_00024_0.png"
+    z, shown = values["z"][:1], np.asarray(Image.open(folder / "dogs" / pictures[0])) / 255.0
+    assert np.abs(shown - values["full_images"](z)[0].clamp(0, 1).permute(1, 2, 0).numpy()).max() < 0.51 / 255
+    assert scores["cost"] == pytest.approx(values["mean_cost"](values["test_rows"], values["z"]), rel=1e-3)
+
+    signal_at(monkeypatch, 5, signal.SIGINT)
+    options = ("train_afhq_latent.py", "--smoke", "--device", "cpu", "--out", tmp_path / "halves")
+    output, _ = here(*options)
+    assert "step      5/12" in output and "step      6/12" not in output and "final " in output
+    assert torch.load(tmp_path / "halves" / "afhq_cat_eps1_smoke.pt", weights_only=True)["step"] == 5
+    assert "using " in here(*options, "--resume")[0]  # the cache
+    a, b = (torch.load(d / "afhq_cat_eps1_smoke.pt", weights_only=True) for d in (folder / "whole", tmp_path / "halves"))
+    assert a["step"] == 12 and {"f", "f_avg", "opt", "bank", "rng", "eta"} < set(a) and same(a, b)
+
+    data = tmp_path / "halves" / "afhq_cat_eps1_smoke_data"
+    Image.new("RGB", (32, 32)).save(data / "train" / "cat" / "00003.png")
+    output, _ = here(*options, "--resume", code=2)  # not the data it was trained on
+    refuses(output, "IMAGES was", "without --resume")
+    assert "does not fit the data" in output
+
+
+def afhq_layout(folder, save, n=12):
+    """AFHQ's layout with n images of train/cat, and save(path) as one of them."""
+    for k in range(n):
+        path = folder / ("val" if k > 9 else "train") / "cat" / f"{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 48), (20 * k, 0, 255)).save(path)
+    save(folder / "train" / "cat" / "5x.jpg")
+
+
+def truncated(path):
+    whole = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(whole, "jpeg")
+    path.write_bytes(whole.getvalue()[:600])
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Any --generator is a random one."""
+    G = stylegan2.random_generator(8, 8, 16, channel_base=32, channel_max=8, num_layers=1, conv_clamp=None)
+    monkeypatch.setattr(stylegan2, "load_generator", lambda path: G)
+
+
+def test_afhq_bad_data_and_generators(tmp_path, tiny):
+    def refused(*words, data=tmp_path / "data", generator=__file__, source="cat"):
+        output, _ = here("train_afhq_latent.py", "--data", data, "--generator", generator, "--source", source, "--out", tmp_path / "out", code=2)
+        assert not [f for f in os.listdir(tmp_path / "out") if f.endswith((".tmp", ".cache", ".pt"))], output
+        refuses(output, *words)
+
+    refused(str(tmp_path / "nowhere.pkl"), "download", "afhqdog.pkl", "--generator", generator=tmp_path / "nowhere.pkl")
+    refused(str(tmp_path / "data"), "AFHQ", "--data")
+    (tmp_path / "data").mkdir()
+    refused("holds 0 images", "AFHQ")
+    afhq_layout(tmp_path / "data", lambda path: path.write_text("not an image"))
+    refused("5x.jpg", "not a readable image", "replace or delete")
+    truncated(tmp_path / "data" / "train" / "cat" / "5x.jpg")
+    refused("5x.jpg", "not a readable image")
+    refused("no folder wild, only cat", "--source", source="wild")
+
+
+def test_afhq_foreign_generator(tmp_path):
+    (tmp_path / "bad.pkl").write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path).encode() + b"/executed'\ntR.")
+    refuses(here("train_afhq_latent.py", "--generator", tmp_path / "bad.pkl", "--data", tmp_path, "--out", tmp_path, code=2)[0], "bad.pkl")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_afhq_images_of_every_kind_and_the_cache(tmp_path, values, monkeypatch, capsys):
+    """Grey, alpha, palette and oblong images: the central square's averages, exactly; a changed or half-written cache is redone."""
+    decode, decoded, args = values["decode"], values["decoded"], values["args"]
+    side, folder = values["SIDE"], tmp_path / "any" / "deep"
+    folder.mkdir(parents=True)
+    blocks = np.random.default_rng(0).integers(0, 256, (side, side, 4), dtype=np.uint8)
+    fine = blocks.repeat(3, 0).repeat(3, 1).astype(float)
+    fine[::3, ::3] += 3 * (fine[::3, ::3] < 250) - 3 * (fine[::3, ::3] >= 250)  # a ninth of +-3: moves every average by +-1/3
+    fine = np.pad(fine.astype(np.uint8), ((0, 0), (9, 9), (0, 0)), constant_values=99)  # oblong: the margins must go
+    for mode, expected in (("RGB", blocks[..., :3]), ("RGBA", blocks[..., :3]), ("L", blocks[..., :1].repeat(3, 2))):
+        Image.fromarray(fine[..., 0] if mode == "L" else fine[..., :len(mode)]).save(folder / f"{mode}.png")
+        got = np.frombuffer(decode(folder / f"{mode}.png"), np.uint8).reshape(side, side, 3)
+        assert (got == expected).all(), mode
+    Image.fromarray(fine[..., 0]).convert("P").save(folder / "P.png")
+    assert decode(folder / "P.png") == decode(folder / "L.png")
+
+    monkeypatch.setattr(args, "data", str(tmp_path / "any"))
+    monkeypatch.setattr(args, "source", "pets")
+    train, held_out = values["list_images"]()
+    assert [os.path.basename(p) for p in held_out + train] == ["L.png", "P.png", "RGB.png", "RGBA.png"]  # every tenth is held out
+    everything, path = train + held_out, tmp_path / "any" / f"pets_{side}.cache"
+
+    def again():
+        capsys.readouterr()
+        return decoded(everything), "decoded" in capsys.readouterr().out
+
+    first, made = again()
+    assert made and first.shape == (4, side, side, 3) and first[0].tobytes() == decode(everything[0]) and not again()[1]
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-7])  # half-written
+    assert again()[1] and path.read_bytes() == whole
+    Image.fromarray(255 - fine[..., :3]).save(everything[1])  # changed
+    second, made = again()
+    assert made and (second[1] == 255 - first[1]).mean() > 0.99 and (second[0] == first[0]).all() and not again()[1]
+
+
+def test_afhq_latent_sampler_on_a_linear_generator(values, monkeypatch):
+    """G(z) = A z and nothing learned: pi_f(.|x) = N(S A^T x / eps, S), S = (I + area A^T A / eps)^-1.  From a wrong start and from
+    the exact law, with jumps; then costs, colours and the law of the translations against their closed forms."""
+    torch.manual_seed(0)
+    g = values["law"].__globals__
+    eps, area, d, n = 0.5, 4.0, 3, 200
+    A, x = torch.tensor([[1.0, 0.2, 0.0], [0.0, 0.8, 0.3]]), torch.tensor([0.7, -0.4])
+    pool, xs = torch.randn(100_000, d), x.expand(n, -1)
+    nothing = lambda z: -eps * z.square().sum(1) / 2
+    for k, v in dict(EPS=eps, AREA=area, images=lambda z: z @ A.T, pool=pool, pool_images=pool @ A.T, N_LANGEVIN=2, eta=torch.tensor(0.15)).items():
+        monkeypatch.setitem(g, k, v)
+    S = torch.linalg.inv(torch.eye(d) + area * A.T @ A / eps)
+    mean, root = S @ A.T @ x * area / eps, torch.linalg.cholesky(S).T
+    for start, rounds, leave, others in (("wrong", 8, 0.0, 128), ("exact", 3, 0.0, 200), ("wrong", 1, 1.0, 1000)):  # the last: the pool alone
+        ends = []
+        for _ in range(70):  # blocks with jumps of their own: chains that share candidates are not independent
+            z = torch.full((n, d), 2.0) if start == "wrong" else mean + torch.randn(n, d) @ root
+            for _ in range(rounds):
+                z, moved, accepted = g["step_chains"](nothing, xs, z, torch.randint(len(pool), (others,)), leave)
+            ends.append(torch.cat([z - mean, (z - mean).square(), (z - mean)[:, :1] * (z - mean)[:, 1:]], 1).mean(0))
+        truth, ends = torch.cat([0 * mean, S.diag(), S[0, 1:]]), torch.stack(ends)
+        error = ends.std(0) / len(ends) ** 0.5
+        assert ((ends.mean(0) - truth).abs() < 4.5 * error + 0.003).all() and error.max() < 0.05, (start, ends.mean(0), truth, error)
+        assert leave or 0.3 < accepted < 0.95
+    z = torch.randn(5, d)
+    assert torch.allclose(g["costs"](xs[:2], z @ A.T)[1], g["cost"](xs[:5], z), atol=1e-5)
+    assert torch.allclose(g["cost"](xs[:5], z), area * (z @ A.T - x).square().sum(1) / 2, atol=1e-5)
+
+
+def test_afhq_scores_against_closed_forms(values):
+    torch.manual_seed(0)
+    z = torch.randn(4000, 6)
+    exact, off = values["law"](z), values["law"](torch.cat([1.1 * z[:, :5], z[:, 5:] + 0.5], 1))
+    assert exact["ks"] < 2.5 / 4000 ** 0.5 and abs(exact["var"] - 1) < 0.03
+    assert off["ks"].item() == pytest.approx(math.erf(0.25 / math.sqrt(2)), abs=0.02)  # Phi(1/4) - Phi(-1/4)
+    assert off["var"].item() == pytest.approx((5 * 1.21 + 1) / 6, abs=0.03) and off["square"].item() == pytest.approx((5 * 1.21 + 1.25) / 6, abs=0.03)
+    c = 3.0  # of the crossed pairs: the plan [[a, 1/2-a], [1/2-a, a]] has a = 1/2 / (1 + e^(-c/eps)), here with eps = 1
+    cost, error = values["discrete_cost"](torch.tensor([[0.0, c], [c, 0.0]]).double())
+    assert cost == pytest.approx(c / (1 + math.exp(c)), rel=1e-3) and error < 1e-5
+    assert values["assigned"](torch.tensor([[1.0, 2.0, 0.1], [0.0, 5.0, 0.1], [3.0, 0.5, 4.0]])).tolist() == [2, 0, 1]
+
+
+def test_afhq_potential_and_colours(values, monkeypatch):
+    """The net sees the direction only: along a ray f is -eps r^2/2 plus a constant; and a generator's own image needs no correction."""
+    f = values["f"]
+    z = torch.randn(7, 32)
+    assert torch.allclose(f(2 * z) - f(z), -1.5 * z.square().sum(1), atol=1e-3)
+    monkeypatch.setitem(values["law"].__globals__, "SIDE", 32)
+    assert torch.allclose(values["match_colours"](8).cpu(), torch.cat([torch.eye(3) / 2, torch.full((1, 3), 0.5)]), atol=1e-4)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     P = N(0, S0), Q = N(0, S1)                                 random rotations, standard deviations from 1/2 to 2
     D = (4 S0^1/2 S1 S0^1/2 + eps^2 I)^1/2,  C = (S0^1/2 D S0^-1/2 - eps I) / 2
-    plan  N(0, [[S0, C], [C^T, S1]]),  pi(.|x) = N(T x, eps T),  T = C^T S0^-1,  grad f(y) = y - T^-1 y     (METRICS below)
+    plan  N(0, [[S0, C], [C^T, S1]]),  pi(.|x) = N(T x, eps T),  T = C^T S0^-1,  grad f(y) = y - T^-1 y
 
     python train_gauss.py --dim 16 --eps 1    COST
     python train_gauss.py --table             twelve cells, dim 2, 16, 64, 128 by eps 0.1, 1, 10; TABLECOST
