@@ -383,8 +383,8 @@ def save():
 
 
 save()  # a full disk or a folder without permission shows now, not in an hour
-stop.armed = True
-while step < STEPS and not stop:
+stop.armed, last = True, step == STEPS
+while not last:
     step += 1
     opt.param_groups[0]["lr"] = LR * min(1.0, step / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / STEPS))
     rows = bank.rows(BATCH)
@@ -394,8 +394,8 @@ while step < STEPS and not stop:
     gap = common.train_step(f, opt, torch.randn(2 * BATCH, D, device=device), z)
     common.average_weights(f_avg, f, AVERAGE, step)
 
-    due = progress.save_due()
-    if due or stop or step == STEPS or step % LOG_EVERY == 0:
+    last, due = step == STEPS or bool(stop), progress.save_due()  # asked once: nothing is saved unchecked
+    if due or last or step % LOG_EVERY == 0:
         weight = torch.cat([p.detach().flatten() for p in f.net.parameters()]).abs().max()
         values = {"gap": gap / f.scale, **law(bank.y), "eta": eta, "accept": accepted, "jump": jumped, "weight": weight}
         now = dict(zip(values, torch.stack([v.float() for v in values.values()]).tolist()))  # the only sync

@@ -61,7 +61,7 @@ STEPS = 1800             # Adam steps
 BATCH = 512              # chains, all moved each step, and target samples per step
 WIDTH, DEPTH = 256, 2    # 512 wide is half as far off again at dim 128, at twice the time
 SCALE = max(1.0, EPS)    # f = SCALE * net
-LR, BETAS = 2e-3, (0.0, 0.999)  # of Adam; falls to 0 by a cosine; half or twice the rate does as well
+LR, BETAS = 4e-3, (0.0, 0.99)  # of Adam; falls to 0 by a cosine.  0.999 remembers the first, large gradients for too long
 WARMUP = 600             # steps
 AVERAGE = 0.998          # of the weights, per step
 ETA, MAX_ETA, ACCEPT = 0.4, 1.4, 0.75  # first and largest Langevin step, drawn from 0 to eta per chain; accepted fraction sought
