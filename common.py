@@ -112,8 +112,8 @@ def langevin(f, x, y, eps, eta, n_steps, cost=quadratic_cost):
 def mala(f, x, y, eps, eta, n_steps, cost=quadratic_cost, root=None):
     """Langevin steps with Metropolis' accept/reject: exact for any eta, and no chain can blow up.
 
-    eta a float, 0-dim or (B, 1); steps drawn at random per chain keep one in a narrow place from being refused for ever.
-    root (D, D): step in u = root^-1 y, root root^T about the covariance of pi_f(.|x), and with noise eta (1 - eta/4), which
+    eta a float, 0-dim, or per chain, (B, 1) for y (B, D): drawn at random, no chain in a narrow place is refused for ever.
+    root (D, D), for y (B, D): step in u = root^-1 y, root root^T about the covariance of pi_f(.|x), and with noise eta (1 - eta/4), which
     makes the proposal reversible, hence always accepted, where that law is Gaussian of that covariance; eta <= 2, about 1.
     -> y (B, ...), its log_p (B,), the accepted fraction (0-dim tensor, on the device: reading it waits for it).
     Watch that fraction: where it tends to 0 the chains are frozen and f runs away from them."""
@@ -370,13 +370,24 @@ def load(path, parts, constants):
 def keep_old(path):
     """A fresh run beside an earlier one's checkpoint: rename that one to *.old instead of losing it."""
     if os.path.exists(path):
-        os.replace(path, f"{path}.old")
+        try:
+            os.replace(path, f"{path}.old")
+        except OSError as error:
+            fail(f"cannot rename {path} ({error.strerror}): name a folder you can write to with --out")
         print(f"kept the earlier checkpoint as {path}.old (--resume would have carried it on)", flush=True)
 
 
+def draw(fig, path):
+    """Write a matplotlib figure; a full disk must not cost the run its last line."""
+    try:
+        fig.savefig(path, dpi=150)
+    except OSError as error:
+        print(f"warning: cannot write {path} ({error.strerror}): free some space, then --resume draws it again", flush=True)
+
+
 def constants_of(module):
-    """A script's UPPER_CASE numbers and strings, given globals(): what a checkpoint must agree with to be resumed."""
-    return {k: v for k, v in module.items() if k.isupper() and isinstance(v, (bool, int, float, str))}
+    """A script's UPPER_CASE numbers, strings and tuples, given globals(): what a checkpoint must agree with to be resumed."""
+    return {k: v for k, v in module.items() if k.isupper() and isinstance(v, (bool, int, float, str, tuple))}
 
 
 class Progress:
@@ -409,7 +420,7 @@ def stop_if_diverged(limit, **values):
     for name, value in values.items():
         if not abs(value) < limit:  # nan too
             fail(f"diverged: {name} is {value:.4g}.  Lower LR or the Langevin step, or take more Langevin steps per training "
-                 f"step; the last good checkpoint is kept, --resume starts from it")
+                 f"step, and start afresh; the last good checkpoint is kept, --resume with the same constants goes on from it")
 
 
 def peak_mib(device):

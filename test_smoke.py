@@ -469,29 +469,31 @@ def gauss(tmp_path_factory):
 def test_gauss_stopped_and_resumed_equals_uninterrupted_to_the_bit(tmp_path, gauss, monkeypatch):
     folder, output, _ = gauss
     assert final(output)["dim"] == 3 and all(math.isfinite(v) for v in final(output).values())
-    assert set(os.listdir(folder)) == {"gauss_dim3_eps1_smoke.pt", "gauss_dim3_eps1_smoke.png"}
+    assert set(os.listdir(folder)) == {"gauss_dim3_eps1_seed0_smoke.pt", "gauss_dim3_eps1_seed0_smoke.png"}
     options = ("--smoke", "--device", "cpu", "--dim", "3", "--out", tmp_path)
     signal_at(monkeypatch, 12, signal.SIGTERM)
     output, _ = here("train_gauss.py", *options)
     assert "step     12/30" in output and "step     13/30" not in output
     here("train_gauss.py", *options, "--resume")
-    a, b = (torch.load(f"{d}/gauss_dim3_eps1_smoke.pt", weights_only=True) for d in (folder, tmp_path))
+    a, b = (torch.load(f"{d}/gauss_dim3_eps1_seed0_smoke.pt", weights_only=True) for d in (folder, tmp_path))
     assert a["step"] == 30 and same(a, b)
 
 
 def test_gauss_table_goes_on_per_cell(tmp_path):
-    done = "final dim 2 eps 1 plan_uvp 0.5 plan_floor 0.1 target_uvp 1 target_floor 1 cond_uvp 1 cond_floor 1 train_s 7 total_s 9\n"
-    (tmp_path / "gauss_table_seed0_smoke.txt").write_text(done)
+    done = "final dim 2 eps 1 plan_uvp 0.5 plan_floor 0.1 target_uvp 1 target_floor 1 cond_uvp 1 cond_floor 1 steps 30 train_s 7 total_s 9\n"
+    (tmp_path / "gauss_table_seed0_smoke.txt").write_text(done + done.replace("dim 2", "dim 3")[:40])  # killed while writing
     output = run("train_gauss.py", "--smoke", "--table", "--resume", "--out", str(tmp_path), cwd=tmp_path)
     assert "final dim 3 " in output and "final dim 2 " not in output and "0.5000 (0.1000) 7 s" in output  # 2 is not run again
     assert final(output)["cells"] == 2 and (tmp_path / "gauss_table_seed0_smoke.png").exists()
     lines = (tmp_path / "gauss_table_seed0_smoke.txt").read_text()
-    assert lines.startswith(done) and lines.count("final") == 2
+    assert lines.startswith(done) and lines.count("final") == 3 and len(lines.splitlines()) == 3  # and did not spoil the next
 
 
 def test_gauss_closed_form_against_a_long_discrete_solve(gauss):
     """Both laws as weights on a fine grid, where sums are integrals to many digits; their plan by Sinkhorn to convergence."""
     eps, rows = 1.0, []
+    T = gauss[2]["exact_plan"](torch.eye(2).double(), 2 * torch.eye(2).double(), 1e9)[1]
+    assert torch.allclose(1e9 * T, 2 * torch.eye(2).double(), rtol=1e-6)  # no cancellation: T tends to S1/eps
     S0, S1 = torch.tensor([[1.0, 0.5], [0.5, 0.7]]).double(), torch.tensor([[0.6, -0.3], [-0.3, 1.1]]).double()
     plan, T = gauss[2]["exact_plan"](S0, S1, eps)
     grid = torch.cartesian_prod(*[torch.linspace(-5, 5, 39, dtype=torch.float64)] * 2)

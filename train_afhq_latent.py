@@ -54,8 +54,8 @@ import stylegan2
 HERE = os.path.dirname(os.path.abspath(__file__))
 args = common.arguments(
     __doc__, __file__, eps=1.0, source=dict(default="cat", help="cat or wild: the folder under DATA/train and DATA/val (default cat)"),
-    data=dict(default=os.path.join(HERE, "afhq"), help="folder of the images (default: afhq beside the script)"),
-    generator=dict(default=os.path.join(HERE, "afhqdog.pkl"), help="of the targets (default: afhqdog.pkl beside the script)"),
+    data=dict(default=os.path.join(HERE, "afhq"), help="folder of the images (default: afhq beside the script); unused by --check and --smoke"),
+    generator=dict(default=os.path.join(HERE, "afhqdog.pkl"), help="of the targets (default: afhqdog.pkl beside the script); unused by --check and --smoke"),
     translate=dict(metavar="DIR", help="also write the held-out images' translations there, as PNG"),
     check=dict(action="store_true", help="a problem made up in 32 dimensions, scored against discrete OT"))
 stop = common.Stop()
@@ -128,7 +128,10 @@ def make_up(folder, G):
 if args.smoke or args.check:
     G, args.data = made_up_generator(), os.path.join(args.out, name + "_data")
     if not (args.resume and os.path.isdir(args.data)):
-        make_up(args.data, G)
+        try:
+            make_up(args.data, G)
+        except OSError as error:
+            common.fail(f"cannot write the made-up images to {args.data} ({error.strerror}): free some space or name another --out")
 elif not os.path.isfile(args.generator):
     common.fail(f"no generator {args.generator}: download afhqdog.pkl of NVIDIA's StyleGAN2-ADA-PyTorch release (folder pretrained) "
                 f"to there, or name where it is with --generator")
@@ -281,8 +284,9 @@ def in_batches(function, z):
 
 @torch.no_grad()
 def jump(f, x, z, log_p, rows):
-    """One exact long move per chain, to one of these rows of the pool: z_j ~ N(0, I), drawn in proportion to
-    pi_f(z_j|x) / N(z_j; 0, I), the chain's own z among them.  log_p (B,): of z, -inf to make it leave.  -> z, moved fraction."""
+    """One long move per chain to one of these rows of the pool, drawn in proportion to pi_f(z_j|x) / N(z_j; 0, I), the chain's
+    own z among them.  Exact for fresh z_j ~ N(0, I); a pool that stays pulls chains to its own sample, less the larger it is.
+    log_p (B,): of z, -inf to make it leave.  -> z, moved fraction."""
     other = pool[rows]
     log_w = (f(other) - costs(x, pool_images[rows])) / EPS + other.square().sum(1) / 2
     log_w = torch.cat([log_w, (log_p + z.square().sum(1) / 2)[:, None]], 1)
@@ -398,7 +402,7 @@ while not last:
     if due or last or step % LOG_EVERY == 0:
         weight = torch.cat([p.detach().flatten() for p in f.net.parameters()]).abs().max()
         values = {"gap": gap / f.scale, **law(bank.y), "eta": eta, "accept": accepted, "jump": jumped, "weight": weight}
-        now = dict(zip(values, torch.stack([v.float() for v in values.values()]).tolist()))  # the only sync
+        now = dict(zip(values, torch.stack([v.float() for v in values.values()]).tolist()))  # the only sync but for the rows that load reads
         common.stop_if_diverged(1e3, gap=now["gap"], square=now["square"], weight=now.pop("weight"))
         progress.line(step, **now)
     if due:
@@ -442,7 +446,7 @@ for axis, row in zip(axes.flat, tiles):
     axis.set_title("source (top left) and translations", fontsize=9)
 fig.suptitle(f"{name}: cost {scores['cost']:.4g} (discrete plan {scores['discrete_cost']:.4g}), latents' variance {scores['latent_var']:.3f}, "
              f"largest KS {scores['latent_ks']:.3f} (exact {scores['exact_ks']:.3f})")
-fig.savefig(figure, dpi=150)
+common.draw(fig, figure)
 print(f"wrote {figure} and {checkpoint}")
 if args.translate:
     try:

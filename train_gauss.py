@@ -1,22 +1,22 @@
 """Gaussian -> Gaussian in 2 to 128 dimensions by energy-guided entropic OT, cost |x-y|^2/2: the exact plan is known.
 
     P = N(0, S0), Q = N(0, S1)                                 random rotations, standard deviations from 1/2 to 2
-    D = (4 S0^1/2 S1 S0^1/2 + eps^2 I)^1/2,  C = (S0^1/2 D S0^-1/2 - eps I) / 2
+    R = (4 S0^1/2 S1 S0^1/2 + eps^2 I)^1/2,  C = (S0^1/2 R S0^-1/2 - eps I) / 2
     plan  N(0, [[S0, C], [C^T, S1]]),  pi(.|x) = N(T x, eps T),  T = C^T S0^-1,  grad f(y) = y - T^-1 y
 
     python train_gauss.py --dim 16 --eps 1    COST
     python train_gauss.py --table             twelve cells, dim 2, 16, 64, 128 by eps 0.1, 1, 10; TABLECOST
     python train_gauss.py --smoke             the same path in seconds
 
-Writes beside itself (or under --out) gauss_dim16_eps1.pt, which --resume carries on from, and the figure gauss_dim16_eps1.png;
---table writes those of every cell, gauss_table_seed0.txt and .png, and with --resume goes on where it was stopped.
+Writes beside itself (or under --out) gauss_dim16_eps1_seed0.pt, which --resume carries on from, and its figure
+(.png); --table writes those of every cell and gauss_table_seed0.txt and .png, and with --resume goes on where it was stopped.
 
 f is an MLP that knows nothing of quadratics.  One rule for every dim and eps, no table of settings:
     chains      as many as a batch, each moved once a step: chains that lag behind f make it swing and run away
     step        in units of the chains' own spread about their regression on x, its length led by the accepted fraction
     new x       a twentieth of the chains per step start at a fresh x, at the regression plus another chain's residual;
                 from y = x they would be far outside what f knows
-    f           max(1, eps) net: of the order of the cost, or beyond eps 1 of eps times the log-density of Q
+    f           sqrt(10 eps) net: f is of the order of the cost at small eps, of eps times the log-density of Q at large
     Adam        without momentum, which would swing against the chains, and warmed up for a third of the steps
 
 Bures-Wasserstein error in per cent, 100 BW^2(a, b) / (tr S_b / 2), of sample means and covariances against the exact ones,
@@ -59,8 +59,8 @@ EPS = args.eps
 SEED = args.seed
 STEPS = 1800             # Adam steps
 BATCH = 512              # chains, all moved each step, and target samples per step
-WIDTH, DEPTH = 256, 2    # 512 wide is half as far off again at dim 128, at twice the time
-SCALE = max(1.0, EPS)    # f = SCALE * net
+WIDTH, DEPTH = 256, 2    # 512 wide is a little nearer at dim 128, step by step, at more than twice the time
+SCALE = math.sqrt(10 * EPS)  # f = SCALE * net
 LR, BETAS = 4e-3, (0.0, 0.99)  # of Adam; falls to 0 by a cosine.  0.999 remembers the first, large gradients for too long
 WARMUP = 600             # steps
 AVERAGE = 0.998          # of the weights, per step
@@ -84,50 +84,62 @@ begun = time.perf_counter()
 
 
 def file(name, ending):
-    return os.path.join(args.out, f"gauss_{name}{'_smoke' * args.smoke}{ending}")
+    return os.path.join(args.out, f"gauss_{name}_seed{SEED}{'_smoke' * args.smoke}{ending}")
 
 
 # ---------------------------------------------------------------------------------------------- the table: a process a cell
 
 def read_finals(path):
-    """{(dim, eps): {key: number}} of a file of `final` lines."""
-    lines = [line.split()[1:] for line in open(path, encoding="utf-8") if line.startswith("final ")] if os.path.exists(path) else []
-    finals = [{k: float(v) for k, v in zip(words[::2], words[1::2])} for words in lines]
-    return {(row["dim"], row["eps"]): row for row in finals}
+    """{(dim, eps): {key: number}} of the `final` lines of finished cells in a file, half-written ones left out."""
+    rows = []
+    if os.path.exists(path):
+        for line in open(path, encoding="utf-8"):
+            words = line.split()[1:]
+            if line.startswith("final dim ") and len(words) % 2 == 0 and words[-2] == "total_s":
+                rows.append(dict(zip(words[::2], map(float, words[1::2]))))
+    return {(row["dim"], row["eps"]): row for row in rows if row["steps"] == STEPS}
+
+
+def append(path, line):
+    try:
+        with open(path, "a", encoding="utf-8") as out:
+            out.write(line)
+    except OSError as error:
+        common.fail(f"cannot write {path} ({error.strerror}): free some space or name another folder with --out")
 
 
 def table():
-    path = file(f"table_seed{SEED}", ".txt")
-    try:
-        open(path, "a" if args.resume else "w").close()
-    except OSError as error:
-        common.fail(f"cannot write {path} ({error.strerror}): name a folder you can write to with --out")
-    asked = []
+    path = file("table", ".txt")
+    if not args.resume:
+        common.keep_old(path)
+    append(path, "\n" if os.path.exists(path) else "")  # ends a half-written line; a folder without permission shows now
+    cell, asked = None, []
 
     def ask(number, frame):
         asked.append(number)
-        cell.send_signal(number)
+        if cell:
+            cell.send_signal(number)
 
-    for dim in DIMS:
-        for eps in EPSES:
-            if (dim, eps) in read_finals(path):
-                continue
-            options = ["--dim", str(dim), "--eps", str(eps), "--seed", str(SEED), "--out", args.out, "--device", str(device)]
-            carry_on = args.resume and os.path.exists(file(f"dim{dim}_eps{eps:g}", ".pt"))
-            command = [sys.executable, os.path.abspath(__file__), *options, *["--smoke"] * args.smoke, *["--resume"] * carry_on]
-            cell = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)  # Ctrl-C once, from here
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, ask)
-            for line in cell.stdout:
-                print(line, end="", flush=True)
-                if line.startswith("final ") and not asked:
-                    with open(path, "a", encoding="utf-8") as out:
-                        out.write(line)
-            if cell.wait():
-                common.fail(f"the cell dim {dim} eps {eps:g} failed: see above, and go on with --table --resume")
-            if asked:
-                print("stopped: --table --resume goes on from here")
-                raise SystemExit(0)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, ask)
+    missing = [(dim, eps) for dim in DIMS for eps in EPSES if (dim, eps) not in read_finals(path)]
+    for dim, eps in missing:
+        options = ["--dim", str(dim), "--eps", str(eps), "--seed", str(SEED), "--out", args.out, "--device", str(device)]
+        begun_before = args.resume and (dim, eps) == missing[0] and os.path.exists(file(f"dim{dim}_eps{eps:g}", ".pt"))
+        command = [sys.executable, os.path.abspath(__file__), *options, *["--smoke"] * args.smoke, *["--resume"] * begun_before]
+        cell = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)  # Ctrl-C once, from here
+        if asked:
+            cell.send_signal(asked[-1])
+        for line in cell.stdout:
+            print(line, end="", flush=True)
+            if line.startswith("final "):
+                append(path, line)
+        code = cell.wait()
+        if asked or (code == 0 and (dim, eps) not in read_finals(path)):
+            print("stopped: --table --resume goes on from here")
+            raise SystemExit(0)
+        if code:
+            common.fail(f"the cell dim {dim} eps {eps:g} failed: see above, then go on with --table --resume")
     finals = read_finals(path)
     print(f"{'plan_uvp (its floor), %':28s}" + "".join(f"{f'eps {eps:g}':>26s}" for eps in EPSES))
     for dim in DIMS:
@@ -144,7 +156,7 @@ def table():
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("BW$^2$-UVP, %")
     axes[0].legend(title="dotted: exact samples")
-    fig.savefig(path[:-4] + ".png", dpi=150)
+    common.draw(fig, path[:-4] + ".png")
     print(f"wrote {path} and {path[:-4]}.png")
     print(f"final cells {len(finals)} worst_plan_uvp {max(c['plan_uvp'] for c in finals.values()):.4g} train_s {sum(c['train_s'] for c in finals.values()):.0f} "
           f"total_s {time.perf_counter() - begun:.0f}")
@@ -163,16 +175,17 @@ def root_of(S):
 
 
 def exact_plan(S0, S1, eps):
-    """Covariance (2D, 2D) of the entropic plan between N(0, S0) and N(0, S1) (Janati et al. 2020), and T (D, D)."""
+    """Covariance (2 dim, 2 dim) of the entropic plan between N(0, S0) and N(0, S1) (Janati et al. 2020), and T (dim, dim)."""
     r = root_of(S0)
-    D = root_of(4 * r @ S1 @ r + eps ** 2 * torch.eye(len(S0), dtype=S0.dtype))
-    C = (r @ D @ torch.linalg.inv(r) - eps * torch.eye(len(S0), dtype=S0.dtype)) / 2
-    T = torch.linalg.solve(S0, C)  # of E[y|x], as exact as symmetric
-    return torch.cat([torch.cat([S0, C], 1), torch.cat([C.T, S1], 1)]), (T + T.T) / 2
+    values, vectors = torch.linalg.eigh(r @ S1 @ r)
+    half = torch.linalg.inv(r) @ vectors
+    T = half * (2 * values / (torch.hypot(2 * values.sqrt(), torch.tensor(eps).double()) + eps)) @ half.T  # as (R - eps I)/2 it cancels
+    C = S0 @ T
+    return torch.cat([torch.cat([S0, C], 1), torch.cat([C.T, S1], 1)]), T
 
 
 def uvp(samples, mean, S):
-    """100 BW^2(samples, N(mean, S)) / (tr S / 2): (n, D), (D,), (D, D) -> per cent.
+    """100 BW^2(samples, N(mean, S)) / (tr S / 2): (n, d), (d,), (d, d) -> per cent.
 
     The last trace as sum of singular values of a product of roots: the root of an eigenvalue near 0 would lose half the digits."""
     samples = samples.double()
@@ -290,7 +303,7 @@ while not last:
     if due or last or step % LOG_EVERY == 0:
         largest = torch.cat([p.detach().flatten() for p in f.parameters()]).abs().max()
         now = dict(zip(("gap", "field", "y", "eta", "accept", "weight"),
-                       torch.stack([gap, field(), bank.y.norm(dim=1).mean(), eta, accepted, largest]).tolist()))  # the only sync
+                       torch.stack([gap, field(), bank.y.norm(dim=1).mean(), eta, accepted, largest]).tolist()))  # with regress, the only syncs
         common.stop_if_diverged(1e3, gap=now["gap"] / SCALE, y=now["y"], weight=now.pop("weight"))
         progress.line(step, **now)
     if due:
@@ -335,7 +348,7 @@ for axis, a, b, title in ((axes[1], plan[:DIM, DIM:].flatten(), covariance[:DIM,
 axes[2].set(xscale="log", yscale="log")
 fig.suptitle(f"N(0, S0) to N(0, S1), dimension {DIM}, eps = {EPS:g}: plan BW$^2$-UVP {scores['plan_uvp']:.3g} % (exact samples {scores['plan_floor']:.2g} %), "
              f"{step} steps, {train_s:.0f} s")
-fig.savefig(figure, dpi=150)
+common.draw(fig, figure)
 print(f"wrote {figure} and {checkpoint}")
 
 per_step = f.flops * BATCH * (2 * 2 + 3 * 2)  # two gradients in y, three passes of both halves of the loss
@@ -343,4 +356,4 @@ rate, busy = common.matmul_rate(device), per_step * step / max(train_s, 1e-9)
 print(f"network arithmetic {per_step / 1e9:.2f} GFLOP a step, {busy / 1e9:.0f} GFLOP/s: {100 * busy / rate:.0f} % of the {rate / 1e9:.0f} GFLOP/s "
       f"of a float32 matrix product here")
 print(f"final dim {DIM} eps {EPS:g} " + " ".join(f"{k} {v:.4g}" for k, v in scores.items()) +
-      f" field {field().item():.3g} train_s {train_s:.1f} total_s {time.perf_counter() - begun:.1f}")
+      f" field {field().item():.3g} steps {step} train_s {train_s:.1f} total_s {time.perf_counter() - begun:.1f}")

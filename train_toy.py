@@ -372,7 +372,7 @@ picture = axes[1, 2].imshow(f_fine.view(sides).T, origin="lower", extent=(fine[0
 fig.colorbar(picture, ax=axes[1, 2], shrink=0.85, extend="min")
 axes[1, 2].set(title="learned potential f", **limits)
 fig.suptitle(f"Gaussian to swiss roll, eps = {EPS:g}, {step} steps, {train_s:.0f} s")
-fig.savefig(figure, dpi=150)
+common.draw(fig, figure)
 print(f"wrote {figure} and {checkpoint}")
 
 per_step = f.flops * (2 * BATCH * (N_LANGEVIN + METROPOLIS) + (TARGETS + EXPLORE) * JUMP + 3 * (TARGETS + BATCH))
