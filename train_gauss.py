@@ -338,7 +338,7 @@ for k, (mean, S) in enumerate([(zero[DIM:], S1)] + [(m, EPS * T) for m in means[
     centre, shape = (mean @ view)[:, None], root_of(view.T @ S @ view)
     axes[0].plot(*(centre + shape @ circle), c=f"C{k - 1}" if k else "k", lw=1.5, label=None if k else "exact, 2 deviations")
 axes[0].legend(loc="upper right")
-axes[0].set(title="y, and y given four x: along Q's two widest axes", aspect="equal")
+axes[0].set(title="y, and y given four x", xlabel="Q's two widest axes", aspect="equal")
 covariance = learned.double().T @ learned.double() / SAMPLES
 for axis, a, b, title in ((axes[1], plan[:DIM, DIM:].flatten(), covariance[:DIM, DIM:].flatten(), "entries of the cross-covariance C"),
                           (axes[2], torch.linalg.eigvalsh(plan), torch.linalg.eigvalsh(covariance), "eigenvalues of the plan's covariance")):
@@ -346,6 +346,8 @@ for axis, a, b, title in ((axes[1], plan[:DIM, DIM:].flatten(), covariance[:DIM,
     axis.scatter(a, b, s=6)
     axis.set(title=title, xlabel="exact", ylabel=f"learned ({SAMPLES} samples)")
 axes[2].set(xscale="log", yscale="log")
+for axis in (axes[2].xaxis, axes[2].yaxis):
+    axis.set_minor_formatter(matplotlib.ticker.NullFormatter())  # its labels would overlap
 fig.suptitle(f"N(0, S0) to N(0, S1), dimension {DIM}, eps = {EPS:g}: plan BW$^2$-UVP {scores['plan_uvp']:.3g} % (exact samples {scores['plan_floor']:.2g} %), "
              f"{step} steps, {train_s:.0f} s")
 common.draw(fig, figure)
