@@ -489,6 +489,14 @@ def test_gauss_table_goes_on_per_cell(tmp_path):
     assert lines.startswith(done) and lines.count("final") == 3 and len(lines.splitlines()) == 3  # and did not spoil the next
 
 
+def test_gauss_table_knows_finished_cells_by_their_own_number_of_steps(tmp_path, gauss, monkeypatch):
+    read_finals, path = gauss[2]["read_finals"], tmp_path / "table.txt"
+    monkeypatch.setitem(read_finals.__globals__, "LEAST_STEPS", 1000)
+    monkeypatch.setitem(read_finals.__globals__, "DIM_STEPS", 6000)
+    path.write_text("".join(f"final dim {d} eps 1 steps {n} total_s 1\n" for d, n in ((2, 3000), (3, 1000), (16, 1000), (64, 999))))
+    assert set(read_finals(path)) == {(2, 1), (16, 1)}  # 3 wants 2000
+
+
 def test_gauss_closed_form_against_a_long_discrete_solve(gauss):
     """Both laws as weights on a fine grid, where sums are integrals to many digits; their plan by Sinkhorn to convergence."""
     eps, rows = 1.0, []

@@ -57,7 +57,7 @@ torch.set_flush_denormal(True)
 DIM = args.dim
 EPS = args.eps
 SEED = args.seed
-STEPS = max(1000, 6000 // DIM)  # Adam steps; in 2 dimensions what is left to learn is fine detail, and steps are cheap
+LEAST_STEPS, DIM_STEPS = 1000, 6000  # Adam steps: the larger of LEAST_STEPS and DIM_STEPS / dim; in 2 dimensions detail is left
 BATCH = 512              # chains, all moved each step, and target samples per step
 WIDTH, DEPTH = 1024, 1   # two layers of 256 cost as much and stall at dim 128, a tenth short in |y|
 SCALE = math.sqrt(10 * EPS)  # f = SCALE * net
@@ -75,7 +75,15 @@ TEST_X, TEST_Y = 10, 2000  # sources of cond_uvp, samples of each
 DATA_SEED = 1            # of the rotations
 DIMS, EPSES = (2, 16, 64, 128), (0.1, 1, 10)  # of the table
 if args.smoke:
-    STEPS, BATCH, WIDTH, WARMUP, ROUNDS, SAMPLES, TEST_X, TEST_Y, DIMS, EPSES = 30, 64, 32, 10, 3, 2000, 4, 200, (2, 3), (1,)
+    LEAST_STEPS, DIM_STEPS, BATCH, WIDTH, WARMUP, ROUNDS, SAMPLES, TEST_X, TEST_Y = 30, 0, 64, 32, 10, 3, 2000, 4, 200
+    DIMS, EPSES = (2, 3), (1,)
+
+
+def steps_in(dim):
+    return max(LEAST_STEPS, DIM_STEPS // dim)
+
+
+STEPS = steps_in(DIM)
 LOG_EVERY = max(1, STEPS // 12)
 CONSTANTS = common.constants_of(globals())
 
@@ -97,7 +105,7 @@ def read_finals(path):
             words = line.split()[1:]
             if line.startswith("final dim ") and len(words) % 2 == 0 and words[-2] == "total_s":
                 rows.append(dict(zip(words[::2], map(float, words[1::2]))))
-    return {(row["dim"], row["eps"]): row for row in rows if row["steps"] == STEPS}
+    return {(row["dim"], row["eps"]): row for row in rows if row["steps"] == steps_in(int(row["dim"]))}
 
 
 def append(path, line):
@@ -228,8 +236,8 @@ def begin(x):
     return bank.y[j] + (x - bank.x[j]) @ slope
 
 
-def move(f, x, y, n_steps=1):
-    return common.mala(f, x, y, EPS, eta * torch.rand(len(y), 1, device=device), n_steps, root=root)
+def move(f, x, y):
+    return common.mala(f, x, y, EPS, eta * torch.rand(len(y), 1, device=device), 1, root=root)
 
 
 def sample(f, x):
