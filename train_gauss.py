@@ -5,7 +5,7 @@
     plan  N(0, [[S0, C], [C^T, S1]]),  pi(.|x) = N(T x, eps T),  T = C^T S0^-1,  grad f(y) = y - T^-1 y
 
     python train_gauss.py --dim 16 --eps 1    a minute on one CPU core, half of it training, 0.8 GiB
-    python train_gauss.py --table             twelve cells, dim 2, 16, 64, 128 by eps 0.1, 1, 10: 14 minutes on one core, by the sum of its cells
+    python train_gauss.py --table             twelve cells, dim 2, 16, 64, 128 by eps 0.1, 1, 10: 14 minutes on one core
     python train_gauss.py --smoke             the same path in seconds
 
 Writes beside itself (or under --out) gauss_dim16_eps1_seed0.pt, which --resume carries on from, and its figure
