@@ -25,6 +25,7 @@ import ot
 import pytest
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 import common
 import eval_fid
@@ -126,7 +127,7 @@ def test_toy_smoke_at_other_eps(tmp_path, eps):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("script", ["train_toy.py", "train_gauss.py", "train_afhq_latent.py"])
+@pytest.mark.parametrize("script", ["train_toy.py", "train_gauss.py", "train_cmnist.py", "train_afhq_latent.py"])
 def test_smoke_on_the_gpu(tmp_path, script):
     assert all(math.isfinite(v) for v in final(here(script, "--smoke", "--device", "cuda", "--out", tmp_path)[0]).values())
 
@@ -274,6 +275,9 @@ def test_langevin_with_f_zero_has_its_stationary_law_and_explodes_at_4_eps():
     assert y.mean().item() == pytest.approx(1.5, abs=4 * (eps / 2e4) ** 0.5)
     assert y.var().item() == pytest.approx(eps / (1 - eta / (4 * eps)), rel=0.03)  # twice eps: the bias at this step
     assert common.langevin(flat, x[:9], x[:9], eps, 4.2 * eps, 400).abs().max() > 1e3
+    cool = common.langevin(flat, x, x, eps, eta, 100, heat=0.25)
+    assert cool.var().item() == pytest.approx(0.25 * eps / (1 - eta / (4 * eps)), rel=0.03)
+    assert torch.equal(common.langevin(flat, x[:9], x[:9] + 1, eps, 2 * eps, 1, heat=0.0), x[:9])  # Newton's step, no noise
 
 
 def test_langevin_with_a_quadratic_potential_and_with_another_cost():
@@ -449,8 +453,11 @@ def test_potentials():
     assert f.flops == 2 * (2 * 8 + 8 * 8 + 8) and f(torch.randn(5, 2)).shape == (5,)
     f.place(torch.full((10, 2), 2.0), 4.0)
     assert f.hidden[0](torch.full((1, 2), 2.0)).abs().max() < 1e-5  # every ramp is centred on the samples
-    g, y = common.ResNet(width=8), torch.randn(4, 3, 32, 32)
+    g, y = common.ResNet(width=8, depth=2), torch.randn(4, 3, 32, 32)
     assert g(y).shape == (4,) and torch.allclose(g(y)[:1], g(y[:1]), atol=1e-6)  # no score depends on the other chains
+    with FlopCounterMode(display=False) as counted:
+        g(y)
+    assert counted.get_total_flops() == 4 * (g.flops + 2 * g.last.weight.numel())
     grad = common.log_p_and_grad(g, y, y, 0.1)[1]
     h, v = 1e-2, torch.randn_like(y)
     slope = (g(y + h * v) - g(y - h * v)) / (2 * h) / 0.1
@@ -541,6 +548,140 @@ def test_gauss_regression(gauss):
     pairs = torch.cat([x, x @ slope + torch.randn(200_000, 3) @ residual], 1)
     found, root = g["regress"](pairs.T @ pairs / len(pairs))
     assert torch.allclose(found, slope, atol=0.02) and torch.allclose(root @ root.T, residual @ residual, atol=0.02)
+
+
+# ------------------------------------------------------------------------------------------------ train_cmnist.py
+
+@pytest.fixture(scope="module")
+def cmnist(tmp_path_factory):
+    """The folder of a whole smoke run on drawn digits, its output and globals."""
+    folder = tmp_path_factory.mktemp("cmnist")
+    return folder, *here("train_cmnist.py", "--smoke", "--device", "cpu", "--data", folder / "none", "--out", folder / "whole")
+
+
+def write_mnist(root, images, labels, train, cut=0):
+    """As torchvision keeps MNIST: (n, 28, 28) and (n,) bytes."""
+    folder = root / "MNIST" / "raw"
+    folder.mkdir(parents=True, exist_ok=True)
+    part = "train" if train else "t10k"
+    header = b"".join(v.to_bytes(4, "big") for v in (0x803, len(images), 28, 28))
+    (folder / f"{part}-images-idx3-ubyte").write_bytes(header + images.tobytes()[:images.size - cut])
+    (folder / f"{part}-labels-idx1-ubyte").write_bytes((0x801).to_bytes(4, "big") + len(labels).to_bytes(4, "big") + labels.tobytes())
+
+
+def test_cmnist_smoke_stops_and_resumes_to_the_bit(tmp_path, monkeypatch, cmnist):
+    folder, output, values = cmnist
+    scores, name = final(output), "cmnist_eps0.1_smoke"
+    assert all(math.isfinite(v) for v in scores.values())
+    assert set(os.listdir(folder / "whole")) == {f"{name}.pt", f"{name}.png", f"{name}_pairs.pt"}
+    pairs = torch.load(folder / "whole" / f"{name}_pairs.pt", weights_only=True)
+    x, y = pairs["x"], pairs["y"]
+    assert x.shape == (6, 3, 32, 32) and y.shape == (6, values["PER_IMAGE"], 3, 32, 32) and y.abs().max() <= 1
+    assert scores["cost"] == pytest.approx((y - x[:, None]).square().sum((2, 3, 4)).mean().item() / 2, rel=1e-3)
+    assert scores["spread"] == pytest.approx((y[:, 0] - y[:, 1]).abs().mean().item() / 2 ** 0.5, rel=1e-3)  # of two
+    exact = ot.emd2([], [], ot.dist(x.flatten(1).double().numpy(), values["test_real"].flatten(1).double().numpy())) / 2
+    assert scores["ot_cost"] == pytest.approx(exact, rel=1e-3)
+
+    signal_at(monkeypatch, 5, signal.SIGINT)
+    options = ("train_cmnist.py", "--smoke", "--device", "cpu", "--data", folder / "none", "--out", tmp_path)
+    output, _ = here(*options)
+    assert "step      5/12" in output and "step      6/12" not in output and "final " in output
+    monkeypatch.undo()
+    here(*options, "--resume")
+    whole, halves = (torch.load(f / f"{name}.pt", weights_only=True) for f in (folder / "whole", tmp_path))
+    assert whole["step"] == 12 and same(whole, halves)
+
+
+def test_cmnist_gaussian_part_is_the_exact_plan(values_of_cmnist, monkeypatch):
+    """pi_f(.|x) = N(m1 + T (x - m0), eps T) with T^-1 = 1 - Hessian of f: it must carry N(m0, S0) to N(m1, S1)."""
+    torch.manual_seed(0)
+    g, d, eps, noise = values_of_cmnist["translate"].__globals__, 6, 0.3, 0.2
+    for k, v in dict(EPS=eps, NOISE=noise, RANK=4).items():
+        monkeypatch.setitem(g, k, v)
+    in_four = torch.randn(4, d, dtype=torch.float64) * torch.tensor([[2.0], [1.0], [0.7], [0.5]])
+    x, y = ((torch.randn(5000, 4, dtype=torch.float64) @ torch.randn(4, 4, dtype=torch.float64) + k) @ in_four for k in (0, 1))
+    f = g["Gaussian"](x, y).double()
+    S0 = torch.cov(x.T, correction=0) + 1e-4 * torch.eye(d)
+    S1 = torch.cov(y.T, correction=0) + noise ** 2 * torch.eye(d)
+    precision = torch.eye(d) - torch.autograd.functional.hessian(lambda v: f(v[None])[0], torch.zeros(d, dtype=torch.float64))
+    T = torch.linalg.inv(precision)
+    assert torch.allclose(T @ S0 @ T + eps * T, S1, atol=1e-4 * S1.abs().max().item())
+    at = x[:3]
+    mean = y.mean(0) + (at - x.mean(0)) @ T
+    _, drift = common.log_p_and_grad(f, at, mean, eps)
+    assert drift.abs().max() < 1e-3
+
+
+def test_cmnist_translation_cools_to_the_mode(values_of_cmnist, monkeypatch):
+    """f = -k|y|^2/2: hot, the biased law of Langevin's steps about x/(1+k); cooled, x/(1+k) itself."""
+    torch.manual_seed(0)
+    g, eps, eta, k = values_of_cmnist["translate"].__globals__, 0.1, 0.04, 2.0
+    for key, v in dict(EPS=eps, ETA=eta, ROUNDS=40, COOLING=60, BATCH=10).items():
+        monkeypatch.setitem(g, key, v)
+    x = torch.full((10, 3, 32, 32), 0.6)
+    hot, cold = g["translate"](lambda y: -k * y.flatten(1).square().sum(1) / 2, x)
+    r = eta * (1 + k) / (2 * eps)
+    assert hot.mean().item() == pytest.approx(0.2, abs=0.01) and hot.var().item() == pytest.approx(eta / (r * (2 - r)), rel=0.03)
+    assert (cold - 0.2).abs().max() < 0.01
+
+
+@pytest.fixture
+def values_of_cmnist(cmnist):
+    return cmnist[2]
+
+
+def test_cmnist_reads_real_files_and_refuses_bad_ones(tmp_path, monkeypatch):
+    import torchvision.datasets.mnist as mnist
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (30, 28, 28), np.uint8), np.arange(30, dtype=np.uint8) % 10
+    for train in (True, False):
+        write_mnist(tmp_path, images, labels, train)
+    grey = common.digits(mnist.MNIST, str(tmp_path), 3, False)
+    assert grey.shape == (3, 1, 32, 32) and grey[1, 0, 2, 2].item() == pytest.approx(images[13, 0, 0] / 255) and grey[:, :, :2].sum() == 0
+    output, values = here("train_cmnist.py", "--smoke", "--data", tmp_path, "--out", tmp_path)
+    assert final(output)["steps"] == 12 and len(values["grey"]) == 3
+    smoke = ("train_cmnist.py", "--smoke", "--data", tmp_path, "--out", tmp_path)
+    write_mnist(tmp_path, images, labels, True, cut=5000)
+    refuses(here(*smoke, code=2)[0], "no digits", "--data")
+    write_mnist(tmp_path, images[:10] * 0, labels[:10], True)
+    refuses(here(*smoke, code=2)[0], "1 images of the digit 2")
+
+    def offline(*a, **k):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(mnist, "download_and_extract_archive", offline)
+    refuses(here("train_cmnist.py", "--data", tmp_path / "absent", "--out", tmp_path, code=2)[0], "no digits", "network", "--data")
+
+
+def test_colours():
+    import colorsys
+    hue = torch.arange(60) / 60 + 1 / 240
+    x = common.paint(common.drawn_digits(3, 60, torch.Generator().manual_seed(0)), hue)
+    solid = common.paint(torch.ones(60, 1, 2, 2), hue)[:, :, 0, 0] / 2 + 0.5
+    assert torch.allclose(solid, torch.tensor([colorsys.hsv_to_rgb(h, 1, 1) for h in hue.tolist()]), atol=1e-5)
+    around = (common.hue_of(x) - hue + 0.5) % 1 - 0.5
+    assert around.abs().max() < 1.2 / 360  # the angle in the colour plane against HSV's hexagon
+    assert common.hue_error(x, x).max() == 0 and common.off_colour(x) < 0.02
+    assert common.hue_error(x[:1], common.paint(torch.ones(1, 1, 9, 9), hue[:1] + 1 / 3)).item() == pytest.approx(120, abs=0.1)
+    two = -torch.ones(1, 3, 2, 2)
+    two[0, 0, 0], two[0, 1, 1] = 1.0, 1.0  # half red, half green: yellow explains half of either
+    assert common.off_colour(two).item() == pytest.approx(0.5 ** 0.5, rel=1e-4)
+    judge = os.path.join(HERE, "..", "shared", "tools", "judge_digits.py")
+    if os.path.exists(judge):
+        judge = runpy.run_path(judge)
+        grey = common.drawn_digits(2, 60, torch.Generator().manual_seed(0))
+        assert torch.allclose(judge["colour"](grey, hue), common.paint(grey, hue), atol=1e-5)
+
+
+def test_drawn_digits_are_twos_and_threes():
+    """A 3 is open to the left below its middle where a 2 has its stroke; a 2 ends in a line to the right."""
+    two, three = (common.drawn_digits(d, 200, torch.Generator().manual_seed(0)).squeeze(1) for d in (2, 3))
+    assert 0.05 < two.mean() < 0.25 and 0.05 < three.mean() < 0.25 and two.amax() == 1
+    assert two[:, :2].sum() == 0 and three[:, :2].sum() == 0  # nothing touches the edge above
+    def right_minus_left(y):
+        rows = y[:, 17:22]
+        return (rows[:, :, 16:].sum() - rows[:, :, :16].sum()).item() / len(y)
+    assert right_minus_left(three) > 5 and right_minus_left(two) < -2
 
 
 # ------------------------------------------------------------------------------------------------ eval_fid.py
