@@ -340,10 +340,11 @@ def _positive(text):
 def arguments(doc, script, eps=None, **more):
     """Command line shared by the scripts -> namespace with eps, smoke, resume, out, device (torch.device), seed.
 
-    eps: its default.  more: extra options, name = dict of argparse keywords."""
+    eps: its default, None for a script that has no temperature.  more: extra options, name = dict of argparse keywords."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: fail(message.replace("_positive", "positive number") + " (-h lists the options)")
-    parser.add_argument("--eps", type=_positive, default=eps, help="temperature of the plan, > 0 (default %(default)s)")
+    if eps is not None:
+        parser.add_argument("--eps", type=_positive, default=eps, help="temperature of the plan, > 0 (default %(default)s)")
     parser.add_argument("--smoke", action="store_true", help="the same path, tiny: seconds, files named *_smoke")
     parser.add_argument("--resume", action="store_true", help="carry on from this script's checkpoint")
     parser.add_argument("--out", default=os.path.dirname(os.path.abspath(script)), help="folder for what is written (default: beside the script)")
