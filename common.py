@@ -259,10 +259,13 @@ class Bank(nn.Module):
 
 # ------------------------------------------------------------------------------------------------ coloured digits
 
-def digits(dataset, root, digit, train, download=True):
-    """All images of one digit: (n, 1, 32, 32) in [0,1], from torchvision.datasets.MNIST, or a class like it, in the folder root."""
+def digits(dataset, root, digit, train, drawn=False):
+    """All images of one digit: (n, 1, 32, 32) in [0,1], from torchvision.datasets.MNIST, or a class like it, in the folder root.
+    Where there is none they are downloaded, or, if `drawn`, made up: 40 to train with, 6 to test."""
+    if drawn and not os.path.isdir(os.path.join(root, dataset.__name__)):
+        return drawn_digits(digit, 40 if train else 6, torch.Generator().manual_seed(2 * digit + train))
     try:
-        data = dataset(root, train=train, download=download)
+        data = dataset(root, train=train, download=True)
         grey = F.pad(data.data[torch.as_tensor(data.targets) == digit][:, None].float() / 255, (2, 2, 2, 2))
     except Exception as error:  # no network, half a file, no permission: torchvision has an exception for each
         fail(f"no digits under {root} ({(str(error).splitlines() or [type(error).__name__])[0][:100]}): put MNIST's files into "
@@ -293,8 +296,10 @@ def drawn_digits(digit, n, generator):
     return (1.3 + ink - nearest).clamp(0, 1).view(n, 1, 32, 32)
 
 
-def paint(grey, hue):
-    """Digits (n, 1, H, W) in [0,1] in the full-saturation colours hue (n,), in turns (0 red, 1/3 green): (n, 3, H, W) in [-1,1]."""
+def paint(grey, hue=None, generator=None):
+    """Digits (n, 1, H, W) in [0,1] in the full-saturation colours hue (n,), in turns (0 red, 1/3 green), drawn uniformly
+    unless given: (n, 3, H, W) in [-1,1]."""
+    hue = torch.rand(len(grey), generator=generator).to(grey.device) if hue is None else hue
     return 2 * grey * _colours(hue)[:, :, None, None] - 1
 
 

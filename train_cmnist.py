@@ -47,18 +47,18 @@ torch.set_flush_denormal(True)
 EPS = args.eps
 SEED = args.seed
 SOURCE_DIGIT, TARGET_DIGIT = 2, 3
-STEPS = 4000             # Adam steps
+STEPS = 2400             # Adam steps
 BATCH = 64               # chains moved per step, and real digits per step
 N_LANGEVIN = 10          # Langevin steps of a chain per training step
 NOISE = 0.2              # deviation, on real digits
-ETA = min(NOISE ** 2 / 4, EPS / 5)  # Langevin step: resolves the noise and, at small eps, the Gaussian part's narrowest direction
+ETA = min(NOISE ** 2 / 2, 0.4 * EPS)  # Langevin step: resolves the noise and, at small eps, the narrowest direction of the Gaussian part
 RESTART = 0.03           # share of the chains per step restarted at y = x in a new colour: they live 330 steps, as at test time
 RANK = 128               # directions in pixel space whose covariances the Gaussian part knows; the others share one variance
 WIDTH, DEPTH = 32, 0     # of the ResNet
 SCALE = EPS / ETA        # of the net; (f - c)/eps then moves a chain by grad net / 2 per Langevin step
 LR, BETAS = 1e-3, (0.0, 0.99)  # of Adam; falls to 0 by a cosine
 WARMUP = 50              # steps
-AVERAGE = 0.99           # of the weights, per step
+AVERAGE = 0.995          # of the weights, per step
 ROUNDS, COOLING = 300, 60  # Langevin steps of a translation
 PER_IMAGE = 4            # translations of each test image
 SHOWN = 8                # rows of the figure
@@ -76,20 +76,12 @@ checkpoint, figure, pairs = (os.path.join(args.out, name + end) for end in (".pt
 # ---------------------------------------------------------------------------------------------- data
 
 def load(digit, train):
-    """(n, 1, 32, 32) in [0,1] on the device."""
-    if args.smoke and not os.path.isdir(os.path.join(args.data, "MNIST")):
-        return common.drawn_digits(digit, 40 if train else 6, torch.Generator().manual_seed(2 * digit + train)).to(device)
-    return common.digits(MNIST, args.data, digit, train).to(device)
-
-
-def painted(grey, generator=None):
-    """In colours drawn uniformly: (n, 3, 32, 32) in [-1,1]."""
-    return common.paint(grey, torch.rand(len(grey), generator=generator).to(device))
+    return common.digits(MNIST, args.data, digit, train, drawn=args.smoke).to(device)
 
 
 grey, real = load(SOURCE_DIGIT, True), load(TARGET_DIGIT, True)
 test_generator = torch.Generator().manual_seed(TEST_SEED)
-test_x, test_real = (painted(load(digit, False), test_generator) for digit in (SOURCE_DIGIT, TARGET_DIGIT))
+test_x, test_real = (common.paint(load(digit, False), generator=test_generator) for digit in (SOURCE_DIGIT, TARGET_DIGIT))
 BATCH = min(BATCH, len(grey))
 CONSTANTS = common.constants_of(globals())
 
@@ -167,8 +159,8 @@ def translate(f, x):
 
 # ---------------------------------------------------------------------------------------------- training
 
-x = painted(grey)
-gaussian = Gaussian(*(torch.cat([painted(digit).flatten(1) for _ in range(4)]) for digit in (grey, real))).to(device)  # four colours each
+x = common.paint(grey)
+gaussian = Gaussian(*(torch.cat([common.paint(digit).flatten(1) for _ in range(4)]) for digit in (grey, real))).to(device)  # four colours each
 f, f_avg = (Potential(gaussian).to(device) for _ in range(2))
 f_avg.load_state_dict(f.state_dict())
 opt = torch.optim.Adam(f.parameters(), lr=LR, betas=BETAS, fused=True)
@@ -199,10 +191,10 @@ while not last:
     opt.param_groups[0]["lr"] = LR * min(1.0, step / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / STEPS))
     rows = bank.rows(BATCH)
     fresh = torch.rand(BATCH, 1, 1, 1, device=device) < RESTART
-    x = torch.where(fresh, painted(grey[rows]), bank.x[rows])
+    x = torch.where(fresh, common.paint(grey[rows]), bank.x[rows])
     y = common.langevin(f, x, torch.where(fresh, x, bank.y[rows]), EPS, ETA, N_LANGEVIN)
     bank.x[rows], bank.y[rows] = x, y
-    y_pos = painted(real[torch.randint(len(real), (BATCH,), device=device)])
+    y_pos = common.paint(real[torch.randint(len(real), (BATCH,), device=device)])
     gap = common.train_step(f, opt, y_pos + NOISE * torch.randn_like(y_pos), y)
     common.average_weights(f_avg, f, AVERAGE, step)
 
