@@ -82,7 +82,7 @@ def load(digit, train):
 grey, real = load(SOURCE_DIGIT, True), load(TARGET_DIGIT, True)
 test_generator = torch.Generator().manual_seed(TEST_SEED)
 test_x, test_real = (common.paint(load(digit, False), generator=test_generator) for digit in (SOURCE_DIGIT, TARGET_DIGIT))
-BATCH = min(BATCH, len(grey))
+BATCH, RANK = min(BATCH, len(grey)), min(RANK, len(grey) + len(real))
 CONSTANTS = common.constants_of(globals())
 
 
@@ -112,8 +112,9 @@ class Gaussian(nn.Module):
         half = torch.linalg.inv(r) @ vectors
         T = half * (2 * values / ((4 * values + EPS ** 2).sqrt() + EPS)) @ half.T
         rest = 2 * rest1 / ((4 * rest0 * rest1 + EPS ** 2) ** 0.5 + EPS)  # T outside the basis
-        for name, value in (("m0", m0), ("m1", m1), ("basis", basis), ("rest", torch.tensor(rest)),
-                            ("excess", torch.linalg.inv(T) - torch.eye(RANK, dtype=T.dtype, device=T.device) / rest)):
+        values, vectors = torch.linalg.eigh(T)
+        excess = (vectors * (1 / values.clamp_min(ETA / (2 * EPS)) - 1 / rest)) @ vectors.T  # narrower, Langevin's step would explode
+        for name, value in (("m0", m0), ("m1", m1), ("basis", basis), ("rest", torch.tensor(rest)), ("excess", excess)):
             self.register_buffer(name, value.float())
 
     @staticmethod
@@ -240,9 +241,9 @@ except (OSError, RuntimeError) as error:
 
 
 def tiled(images, columns):
-    """(n, 3, 32, 32) -> (rows 34, columns 34, 3) in [0,1], a grey line between."""
+    """(n, 3, 32, 32) -> (34 rows, 34 columns, 3) in [0,1], grey lines between."""
     images = F.pad((images.clamp(-1, 1).cpu() + 1) / 2, (1, 1, 1, 1), value=0.3)
-    return torch.cat([torch.cat(list(row), 2) for row in images[:len(images) // columns * columns].split(columns)], 1).permute(1, 2, 0)
+    return torch.cat([torch.cat(list(row), 2) for row in images[:len(images) // columns * columns].split(columns)], 1).permute(1, 2, 0).numpy()
 
 
 shown = test_x[::math.ceil(len(test_x) / SHOWN)]
