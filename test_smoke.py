@@ -625,6 +625,20 @@ def test_cmnist_translation_cools_to_the_mode(values_of_cmnist, monkeypatch):
     assert (cold - 0.2).abs().max() < 0.01
 
 
+def test_cmnist_scores_by_hand(values_of_cmnist):
+    torch.manual_seed(0)
+    v, m = values_of_cmnist, 1.0
+    folded = 2 / math.pi ** 0.5 * math.exp(-m * m / 4) + m * math.erf(m / 2)  # E|N(m, 2)|
+    a, b = torch.randn(4000, 1), m + torch.randn(3000, 1)
+    assert v["energy_distance"](a, b) == pytest.approx(2 * folded - 4 / math.pi ** 0.5, abs=0.03)
+    assert abs(v["energy_distance"](a, torch.randn(3000, 1))) < 0.01
+    y = torch.full((5, 2, 3, 4, 4), -1.0)
+    y[:, :, 1, 0], y[:, 0, 1, 1], y[:, :, 1, 2] = 1.0, 0.0, -0.8  # lit, half lit in one of two, dark
+    assert v["blur"](y) == pytest.approx(1 / 3)
+    y[:, 1] += 0.3
+    assert v["spread"](y) == pytest.approx((44 * 0.3 + 4 * 0.7) / 48 / 2 ** 0.5)
+
+
 @pytest.fixture
 def values_of_cmnist(cmnist):
     return cmnist[2]

@@ -18,8 +18,11 @@ relaxation time about 2 NOISE^2 / ETA = 8 steps, but leave most of what varies s
 Scores of the translations of test 2s, in the last line:
     cost        mean |x-y|^2/2;  ot_cost: of exact discrete OT to as many real test 3s (n small, so few colours to choose from)
     hue_err     median angle between the hues of x and y, degrees
-    spread      mean over x and pixels of the deviation over the translations of one x;  spread_hot: that of images averaged
-                over 4x4 pixels before cooling, spread_cold: after
+    spread      mean over x and pixels of the deviation over the translations of one x;  slow_hot, slow_cold: rms distance of
+                those from their mean in the MAIN first directions of the data, which are slow, before cooling (less the grain)
+                and after
+    shape       energy distance between brightness of translations and of real test 3s, over that of the test 2s themselves: 0 for
+                the same law, and it sees what a digit classifier forgives;  blur, real_blur: share of half-lit among lit pixels
     off_colour  rms of what no single colour explains: grain, veil, two colours in a digit; 0 for painted digits
 """
 import math
@@ -61,6 +64,7 @@ WARMUP = 50              # steps
 AVERAGE = 0.995          # of the weights, per step
 ROUNDS, COOLING = 300, 60  # Langevin steps of a translation
 PER_IMAGE = 4            # translations of each test image
+MAIN = 20                # directions in which slow_hot and slow_cold look
 SHOWN = 8                # rows of the figure
 TEST_SEED = 1            # of the test images' colours
 if args.smoke:
@@ -205,7 +209,8 @@ while not last:
                   "square": y.square().mean(), "real_square": y_pos.square().mean() + NOISE ** 2,
                   "weight": torch.cat([p.detach().flatten() for p in f.parameters()]).abs().max()}
         now = dict(zip(values, torch.stack(list(values.values())).tolist()))  # the only sync
-        common.stop_if_diverged(100, square=now["square"], weight=now.pop("weight"), gap=now["gap"] / (100 * SCALE))
+        common.stop_if_diverged(100, square=now["square"], weight=now.pop("weight"))
+        common.stop_if_diverged(1e5, gap=now["gap"])  # of some 100 at the start
         progress.line(step, **now)
     if due:
         save()
@@ -225,14 +230,33 @@ def spread(y):
     return y.std(1).mean().item()
 
 
-def smoothed(y):
-    return F.avg_pool2d(y.flatten(0, 1), 4).unflatten(0, y.shape[:2])
+def slow(y, grain=0.0):
+    main = (y.flatten(2) @ gaussian.basis[:, :MAIN]).var(1)
+    return (main - grain ** 2).sum(1).mean().clamp_min(0).sqrt().item()
 
 
+def brightness(y):
+    return (y.flatten(0, -4).amax(1).flatten(1) + 1) / 2
+
+
+def energy_distance(a, b):
+    """2 E|a-b| - E|a-a'| - E|b-b'| of independent samples (n, D), (m, D): unbiased, 0 in the mean where the laws are equal."""
+    within = sum(torch.cdist(c, c).sum() / (len(c) * (len(c) - 1)) for c in (a, b))
+    return (2 * torch.cdist(a, b).mean() - within).item()
+
+
+def blur(y):
+    light = brightness(y)
+    return ((light > 0.3) & (light < 0.8)).sum().item() / (light > 0.3).sum().clamp_min(1).item()
+
+
+light, ones = brightness(test_real), [brightness(y[:, k]) for k in range(PER_IMAGE)]  # translations of one x are not independent
+shape = sum(energy_distance(one, light) for one in ones) / PER_IMAGE / energy_distance(brightness(test_x), light)
 repeated = test_x.repeat_interleave(PER_IMAGE, 0), y.flatten(0, 1)
 cost = common.quadratic_cost(*repeated).mean().item()
 scores = {"cost": cost, "hue_err": common.hue_error(*repeated).median().item(), "ot_cost": ot_cost, "cost_ratio": cost / ot_cost, "spread": spread(y),
-          "spread_hot": spread(smoothed(hot)), "spread_cold": spread(smoothed(y)), "off_colour": common.off_colour(repeated[1]).item()}
+          "slow_hot": slow(hot, NOISE), "slow_cold": slow(y), "shape": shape,
+          "blur": blur(y), "real_blur": blur(test_real), "off_colour": common.off_colour(repeated[1]).item()}
 try:
     torch.save({"x": test_x.cpu(), "y": y.cpu()}, pairs + ".tmp")
     os.replace(pairs + ".tmp", pairs)
