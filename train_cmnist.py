@@ -53,7 +53,7 @@ SOURCE_DIGIT, TARGET_DIGIT = 2, 3
 STEPS = 2400             # Adam steps
 BATCH = 64               # chains moved per step, and real digits per step
 N_LANGEVIN = 10          # Langevin steps of a chain per training step
-NOISE = 0.2              # deviation, on real digits
+NOISE = min(0.2, math.sqrt(EPS))  # deviation, on real digits: what the plan itself scatters; more would have to be made from details of x
 ETA = min(NOISE ** 2 / 2, 0.4 * EPS)  # Langevin step: resolves the noise and, at small eps, the narrowest direction of the Gaussian part
 RESTART = 0.03           # share of the chains per step restarted at y = x in a new colour: they live 330 steps, as at test time
 RANK = 128               # directions in pixel space whose covariances the Gaussian part knows; the others share one variance
