@@ -54,7 +54,8 @@ STEPS = 2400             # Adam steps
 BATCH = 64               # chains moved per step, and real digits per step
 N_LANGEVIN = 10          # Langevin steps of a chain per training step
 NOISE = min(0.2, math.sqrt(EPS))  # deviation, on real digits: what the plan itself scatters; more would have to be made from details of x
-ETA = min(NOISE ** 2 / 2, 0.4 * EPS)  # Langevin step: resolves the noise and, at small eps, the narrowest direction of the Gaussian part
+ETA = min(NOISE ** 2 / 2, 0.2 * EPS)  # Langevin step: resolves the noise and, at small eps, the narrowest directions; 0.4 eps diverged at 0.01
+BOX = 3.0                # pixels stay within +-BOX: where f has become too steep for the step, it learns so instead of losing the chain
 RESTART = 0.03           # share of the chains per step restarted at y = x in a new colour: they live 330 steps, as at test time
 RANK = 128               # directions in pixel space whose covariances the Gaussian part knows; the others share one variance
 WIDTH, DEPTH = 32, 0     # of the ResNet
@@ -147,14 +148,21 @@ class Potential(nn.Module):
         return self.gaussian(y) + self.net(y)
 
 
+def walk(f, x, y, steps, heat=1.0):
+    """Langevin steps that cannot leave the box."""
+    for _ in range(steps):
+        y = common.langevin(f, x, y, EPS, ETA, 1, heat=heat).clamp_(-BOX, BOX)
+    return y
+
+
 def translate(f, x):
     """-> translations of x (n, 3, 32, 32) hot, that is with the grain of NOISE, and cooled; ROUNDS + COOLING evaluations."""
     hot, cold, said = [], [], time.perf_counter()
     for x_part in x.split(4 * BATCH):
-        y = common.langevin(f, x_part, x_part, EPS, ETA, ROUNDS)
+        y = walk(f, x_part, x_part, ROUNDS)
         hot.append(y)
         for k in range(1, COOLING + 1):
-            y = common.langevin(f, x_part, y, EPS, ETA, 1, heat=max(0.0, 1 - k / (0.8 * COOLING)))
+            y = walk(f, x_part, y, 1, heat=max(0.0, 1 - k / (0.8 * COOLING)))
         cold.append(y)
         if time.perf_counter() - said > 30:
             print(f"translated {sum(map(len, cold))}/{len(x)}", flush=True)
@@ -197,7 +205,7 @@ while not last:
     rows = bank.rows(BATCH)
     fresh = torch.rand(BATCH, 1, 1, 1, device=device) < RESTART
     x = torch.where(fresh, common.paint(grey[rows]), bank.x[rows])
-    y = common.langevin(f, x, torch.where(fresh, x, bank.y[rows]), EPS, ETA, N_LANGEVIN)
+    y = walk(f, x, torch.where(fresh, x, bank.y[rows]), N_LANGEVIN)
     bank.x[rows], bank.y[rows] = x, y
     y_pos = common.paint(real[torch.randint(len(real), (BATCH,), device=device)])
     gap = common.train_step(f, opt, y_pos + NOISE * torch.randn_like(y_pos), y)
