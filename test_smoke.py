@@ -590,6 +590,7 @@ def test_cmnist_smoke_stops_and_resumes_to_the_bit(tmp_path, monkeypatch, cmnist
     here(*options, "--resume")
     whole, halves = (torch.load(f / f"{name}.pt", weights_only=True) for f in (folder / "whole", tmp_path))
     assert whole["step"] == 12 and same(whole, halves)
+    assert HERE not in str(whole["constants"])  # a moved folder resumes too
 
 
 def test_cmnist_gaussian_part_is_the_exact_plan(values_of_cmnist, monkeypatch):
@@ -1213,6 +1214,7 @@ def test_afhq_smoke_translates_stops_and_resumes_to_the_bit(tmp_path, monkeypatc
     output, _ = here(*options)
     assert "step      5/12" in output and "step      6/12" not in output and "final " in output
     assert torch.load(tmp_path / "halves" / "afhq_cat_eps1_smoke.pt", weights_only=True)["step"] == 5
+    assert HERE not in str(torch.load(tmp_path / "halves" / "afhq_cat_eps1_smoke.pt", weights_only=True)["constants"])  # a moved folder resumes too
     assert "using " in here(*options, "--resume")[0]  # the cache
     a, b = (torch.load(d / "afhq_cat_eps1_smoke.pt", weights_only=True) for d in (folder / "whole", tmp_path / "halves"))
     assert a["step"] == 12 and {"f", "f_avg", "opt", "bank", "rng", "eta"} < set(a) and same(a, b)

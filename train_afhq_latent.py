@@ -51,11 +51,11 @@ from scipy.optimize import linear_sum_assignment
 import common
 import stylegan2
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+beside = os.path.dirname(os.path.abspath(__file__))
 args = common.arguments(
     __doc__, __file__, eps=1.0, source=dict(default="cat", help="cat or wild: the folder under DATA/train and DATA/val (default cat)"),
-    data=dict(default=os.path.join(HERE, "afhq"), help="folder of the images (default: afhq beside the script); unused by --check and --smoke"),
-    generator=dict(default=os.path.join(HERE, "afhqdog.pkl"), help="of the targets (default: afhqdog.pkl beside the script); unused by --check and --smoke"),
+    data=dict(default=os.path.join(beside, "afhq"), help="folder of the images (default: afhq beside the script); unused by --check and --smoke"),
+    generator=dict(default=os.path.join(beside, "afhqdog.pkl"), help="of the targets (default: afhqdog.pkl beside the script); unused by --check and --smoke"),
     translate=dict(metavar="DIR", help="also write the held-out images' translations there, as PNG"),
     check=dict(action="store_true", help="a problem made up in 32 dimensions, scored against discrete OT"))
 stop = common.Stop()
