@@ -61,7 +61,7 @@ class ResNet(nn.Module):
         super().__init__()
         widths = [channels, width, 2 * width, 4 * width]
         self.halve = nn.ModuleList(nn.Conv2d(a, b, 4, 2, 1) for a, b in zip(widths, widths[1:]))
-        self.blocks = nn.ModuleList(nn.Sequential(*(_Block(b) for _ in range(depth))) for b in widths[1:])
+        self.blocks = nn.ModuleList(nn.Sequential(*(Block(b) for _ in range(depth))) for b in widths[1:])
         self.last = nn.Linear(widths[-1] * (side // 8) ** 2, 1)
         self.scale = scale
         pixels = [(side >> k) ** 2 for k in (1, 2, 3)]
@@ -75,7 +75,9 @@ class ResNet(nn.Module):
         return self.scale * self.last(y.flatten(1)).squeeze(1)
 
 
-class _Block(nn.Module):
+class Block(nn.Module):
+    """Residual block of two 3x3 convolutions: (B, width, H, W) -> the same."""
+
     def __init__(self, width):
         super().__init__()
         self.conv1, self.conv2 = (nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
@@ -327,6 +329,52 @@ def off_colour(y):
     return (light - strength * colour).square().sum(1).mean().sqrt()
 
 
+def _brightness(y):
+    return (y.amax(1).flatten(1) + 1) / 2
+
+
+def _blur(y):
+    light = _brightness(y)
+    return ((light > 0.3) & (light < 0.8)).sum().item() / (light > 0.3).sum().clamp_min(1).item()
+
+
+def energy_distance(a, b):
+    """2 E|a-b| - E|a-a'| - E|b-b'| of independent samples (n, D), (m, D): a float, 0 in the mean where their laws are equal."""
+    within = sum(torch.cdist(c, c).sum() / (len(c) * (len(c) - 1)) for c in (a, b))
+    return (2 * torch.cdist(a, b).mean() - within).item()
+
+
+def digit_scores(x, y, real):
+    """Scores of M translations y (N, M, 3, H, W) of digits x (N, 3, H, W) against real targets (n, 3, H, W), held out:
+
+    cost        mean |x-y|^2/2                  hue_err   median hue_error          off_colour   as above, of y
+    spread      mean over x and pixels of the deviation over the translations of one x; 0 for M = 1
+    shape       energy distance between brightness of y and of real, over that between x and real: 0 for the same law, 1 for
+                doing nothing; unlike a digit classifier it forgives neither blur nor ghosts
+    blur        share of half-lit (0.3 to 0.8) among lit pixels; real_blur: of real"""
+    pairs = x.repeat_interleave(y.shape[1], 0), y.flatten(0, 1)
+    light = _brightness(real)
+    shape = sum(energy_distance(_brightness(one), light) for one in y.unbind(1)) / y.shape[1]  # y of one x are not independent
+    return {"cost": quadratic_cost(*pairs).mean().item(), "hue_err": hue_error(*pairs).median().item(),
+            "spread": y.std(1).mean().item() if y.shape[1] > 1 else 0.0, "shape": shape / energy_distance(_brightness(x), light),
+            "blur": _blur(pairs[1]), "real_blur": _blur(real), "off_colour": off_colour(pairs[1]).item()}
+
+
+def save_pairs(path, x, y):
+    """Write {"x": (N, ...), "y": (N, M, ...)}; a full disk must not cost the run its last line."""
+    try:
+        torch.save({"x": x.cpu(), "y": y.cpu()}, f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)
+    except (OSError, RuntimeError) as error:
+        print(f"warning: cannot write {path} ({str(error).splitlines()[0]}): free some space, then --resume writes it again", flush=True)
+
+
+def tiled(images, columns):
+    """Images (n, 3, H, W) in [-1,1] as one picture, grey lines between: (rows, columns, 3) in [0,1], on the CPU."""
+    images = F.pad((images.clamp(-1, 1).cpu() + 1) / 2, (1, 1, 1, 1), value=0.3)
+    return torch.cat([torch.cat(list(row), 2) for row in images[:len(images) // columns * columns].split(columns)], 1).permute(1, 2, 0)
+
+
 # ------------------------------------------------------------------------------------------------ the run around it
 
 def fail(sentence):
@@ -490,12 +538,11 @@ class Progress:
               f"{clock(ms / 1e3 * (self.total - step))} left", flush=True)
 
 
-def stop_if_diverged(limit, **values):
+def stop_if_diverged(limit, advice="Lower LR or the Langevin step, or take more Langevin steps per training step", **values):
     """End the run, before anything is saved over, if a value (a float) is not finite or beyond +-limit."""
     for name, value in values.items():
         if not abs(value) < limit:  # nan too
-            fail(f"diverged: {name} is {value:.4g}.  Lower LR or the Langevin step, or take more Langevin steps per training "
-                 f"step, and start afresh; the last good checkpoint is kept, --resume with the same constants goes on from it")
+            fail(f"diverged: {name} is {value:.4g}.  {advice}, and start afresh; the last good checkpoint is kept, --resume with the same constants goes on from it")
 
 
 def peak_mib(device):

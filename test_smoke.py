@@ -624,6 +624,8 @@ def test_cmnist_translation_cools_to_the_mode(values_of_cmnist, monkeypatch):
     r = eta * (1 + k) / (2 * eps)
     assert hot.mean().item() == pytest.approx(0.2, abs=0.01) and hot.var().item() == pytest.approx(eta / (r * (2 - r)), rel=0.03)
     assert (cold - 0.2).abs().max() < 0.01
+    steep = g["walk"](lambda y: -300 * y.flatten(1).square().sum(1) / 2, x, x, 50)  # eta 300/eps is far beyond 4
+    assert steep.abs().max() == g["BOX"]
 
 
 def test_cmnist_scores_by_hand(values_of_cmnist):

@@ -17,15 +17,11 @@ what is not Gaussian.  Real digits carry noise of deviation NOISE, so that f is 
 ROUNDS Langevin steps from the source image, then COOLING steps in which the noise falls to 0: these take out the grain, which
 relaxes in about 2 NOISE^2 / ETA = 4 steps, and less of what varies slowly, such as shape and thickness.  @@DIVERSITY
 
-Scores of the translations of test 2s, in the last line:
-    cost        mean |x-y|^2/2;  ot_cost: of exact discrete OT to as many real test 3s (n small, so few colours to choose from)
-    hue_err     median angle between the hues of x and y, degrees
-    spread      mean over x and pixels of the deviation over the translations of one x;  slow_hot, slow_cold: rms distance of
-                those from their mean in the MAIN first directions of the data, which are slow, before cooling (less the grain)
-                and after
-    shape       energy distance between brightness of translations and of real test 3s, over that of the test 2s themselves: 0 for
-                the same law, and it sees what a digit classifier forgives;  blur, real_blur: share of half-lit among lit pixels
-    off_colour  rms of what no single colour explains: grain, veil, two colours in a digit; 0 for painted digits
+Scores of the translations of test 2s, in the last line: those of common.digit_scores (cost, hue_err, spread, shape, blur,
+off_colour), and
+    ot_cost     cost of exact discrete OT from them to as many real test 3s: with few of them, few colours to choose from
+    slow_hot    deviation over the translations of one x in the MAIN first directions of the data, where chains are slow,
+                before cooling, less the grain; slow_cold: after
 """
 import math
 import os
@@ -236,59 +232,24 @@ matrix = torch.cdist(test_x[:n].flatten(1), test_real[:n].flatten(1)).square().c
 ot_cost = matrix[linear_sum_assignment(matrix.numpy())].mean().item()
 
 
-def spread(y):
-    return y.std(1).mean().item()
-
-
 def slow(y, grain=0.0):
     main = (y.flatten(2) @ gaussian.basis[:, :MAIN]).var(1)
     return (main - grain ** 2).sum(1).mean().clamp_min(0).sqrt().item()
 
 
-def brightness(y):
-    return (y.flatten(0, -4).amax(1).flatten(1) + 1) / 2
-
-
-def energy_distance(a, b):
-    """2 E|a-b| - E|a-a'| - E|b-b'| of independent samples (n, D), (m, D): unbiased, 0 in the mean where the laws are equal."""
-    within = sum(torch.cdist(c, c).sum() / (len(c) * (len(c) - 1)) for c in (a, b))
-    return (2 * torch.cdist(a, b).mean() - within).item()
-
-
-def blur(y):
-    light = brightness(y)
-    return ((light > 0.3) & (light < 0.8)).sum().item() / (light > 0.3).sum().clamp_min(1).item()
-
-
-light, ones = brightness(test_real), [brightness(y[:, k]) for k in range(PER_IMAGE)]  # translations of one x are not independent
-shape = sum(energy_distance(one, light) for one in ones) / PER_IMAGE / energy_distance(brightness(test_x), light)
-repeated = test_x.repeat_interleave(PER_IMAGE, 0), y.flatten(0, 1)
-cost = common.quadratic_cost(*repeated).mean().item()
-scores = {"cost": cost, "hue_err": common.hue_error(*repeated).median().item(), "ot_cost": ot_cost, "cost_ratio": cost / ot_cost, "spread": spread(y),
-          "slow_hot": slow(hot, NOISE), "slow_cold": slow(y), "shape": shape,
-          "blur": blur(y), "real_blur": blur(test_real), "off_colour": common.off_colour(repeated[1]).item()}
-try:
-    torch.save({"x": test_x.cpu(), "y": y.cpu()}, pairs + ".tmp")
-    os.replace(pairs + ".tmp", pairs)
-except (OSError, RuntimeError) as error:
-    print(f"warning: cannot write {pairs} ({str(error).splitlines()[0]}): free some space, then --resume writes it again", flush=True)
-
-
-def tiled(images, columns):
-    """(n, 3, 32, 32) -> (34 rows, 34 columns, 3) in [0,1], grey lines between."""
-    images = F.pad((images.clamp(-1, 1).cpu() + 1) / 2, (1, 1, 1, 1), value=0.3)
-    return torch.cat([torch.cat(list(row), 2) for row in images[:len(images) // columns * columns].split(columns)], 1).permute(1, 2, 0).numpy()
-
+scores = common.digit_scores(test_x, y, test_real)
+scores |= {"ot_cost": ot_cost, "cost_ratio": scores["cost"] / ot_cost, "slow_hot": slow(hot, NOISE), "slow_cold": slow(y)}
+common.save_pairs(pairs, test_x, y)
 
 shown = test_x[::math.ceil(len(test_x) / SHOWN)]
 more = translate(f_avg, shown.repeat_interleave(6, 0))[1].unflatten(0, (len(shown), 6))
 some = torch.linspace(0, len(bank.x) - 1, 2 * len(shown)).long()
 fig, axes = plt.subplots(1, 3, figsize=(13, 7.4), layout="constrained", width_ratios=[7, 4, 2])
 chains, digit = torch.stack([bank.x[some], bank.y[some]], 1).flatten(0, 1), f"{TARGET_DIGIT}s"
-for axis, picture, title in ((axes[0], tiled(torch.cat([shown[:, None], more], 1).flatten(0, 1), 7), "test source, and six translations of it"),
-                             (axes[1], tiled(chains, 4), "two chains of the bank\na row: x, y with its grain"),
-                             (axes[2], tiled(test_real[:2 * len(shown)], 2), f"real test {digit}")):
-    axis.imshow(picture)
+for axis, picture, title in ((axes[0], common.tiled(torch.cat([shown[:, None], more], 1).flatten(0, 1), 7), "test source, and six translations of it"),
+                             (axes[1], common.tiled(chains, 4), "two chains of the bank\na row: x, y with its grain"),
+                             (axes[2], common.tiled(test_real[:2 * len(shown)], 2), f"real test {digit}")):
+    axis.imshow(picture.numpy())
     axis.set_title(title)
     axis.axis("off")
 fig.suptitle(f"Coloured {SOURCE_DIGIT}s to {digit}, eps = {EPS:g}: cost {scores['cost']:.0f} (discrete OT {ot_cost:.0f}), hue error {scores['hue_err']:.1f} degrees, "
