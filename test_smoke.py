@@ -127,7 +127,7 @@ def test_toy_smoke_at_other_eps(tmp_path, eps):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("script", ["train_toy.py", "train_gauss.py", "train_cmnist.py", "train_afhq_latent.py"])
+@pytest.mark.parametrize("script", ["train_toy.py", "train_gauss.py", "train_cmnist.py", "train_not.py", "train_afhq_latent.py"])
 def test_smoke_on_the_gpu(tmp_path, script):
     assert all(math.isfinite(v) for v in final(here(script, "--smoke", "--device", "cuda", "--out", tmp_path)[0]).values())
 
@@ -628,18 +628,22 @@ def test_cmnist_translation_cools_to_the_mode(values_of_cmnist, monkeypatch):
     assert steep.abs().max() == g["BOX"]
 
 
-def test_cmnist_scores_by_hand(values_of_cmnist):
+def test_digit_scores_by_hand():
     torch.manual_seed(0)
-    v, m = values_of_cmnist, 1.0
+    m = 1.0
     folded = 2 / math.pi ** 0.5 * math.exp(-m * m / 4) + m * math.erf(m / 2)  # E|N(m, 2)|
     a, b = torch.randn(4000, 1), m + torch.randn(3000, 1)
-    assert v["energy_distance"](a, b) == pytest.approx(2 * folded - 4 / math.pi ** 0.5, abs=0.03)
-    assert abs(v["energy_distance"](a, torch.randn(3000, 1))) < 0.01
+    assert common.energy_distance(a, b) == pytest.approx(2 * folded - 4 / math.pi ** 0.5, abs=0.03)
+    assert abs(common.energy_distance(a, torch.randn(3000, 1))) < 0.01
     y = torch.full((5, 2, 3, 4, 4), -1.0)
     y[:, :, 1, 0], y[:, 0, 1, 1], y[:, :, 1, 2] = 1.0, 0.0, -0.8  # lit, half lit in one of two, dark
-    assert v["blur"](y) == pytest.approx(1 / 3)
-    y[:, 1] += 0.3
-    assert v["spread"](y) == pytest.approx((44 * 0.3 + 4 * 0.7) / 48 / 2 ** 0.5)
+    x = -torch.ones(5, 3, 4, 4)
+    x[:, 0, 0] = torch.linspace(0, 1, 5)[:, None]
+    scores = common.digit_scores(x, y, y[:, 0])
+    assert scores["blur"] == pytest.approx(1 / 3) and scores["real_blur"] == pytest.approx(1 / 2)
+    assert scores["spread"] == pytest.approx(4 / 48 / 2 ** 0.5) and scores["hue_err"] == pytest.approx(120, abs=0.1)
+    assert scores["cost"] == pytest.approx((y - x[:, None]).square().sum((2, 3, 4)).mean().item() / 2)
+    assert common.digit_scores(x, x[:, None], x + 1)["shape"] == pytest.approx(1)  # nothing done
 
 
 @pytest.fixture
@@ -700,6 +704,222 @@ def test_drawn_digits_are_twos_and_threes():
         rows = y[:, 17:22]
         return (rows[:, :, 16:].sum() - rows[:, :, :16].sum()).item() / len(y)
     assert right_minus_left(three) > 5 and right_minus_left(two) < -2
+
+
+# ------------------------------------------------------------------------------------------------ train_not.py
+
+def stop_at(monkeypatch, step):
+    """From now on this process gets SIGINT as it trains that step: two networks are averaged per step."""
+    average_weights, calls = common.average_weights, [0]
+
+    def interrupted(*a):
+        calls[0] += 1
+        if calls[0] == 2 * step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return average_weights(*a)
+
+    monkeypatch.setattr(common, "average_weights", interrupted)
+
+
+KINDS = {"not_moons_strong_convex1_smoke": (), "not_moons_weak_convex0_smoke": ("--cost", "weak", "--convex", "0", "--data-set", "toy"),
+         "not_cmnist_strong_convex1_smoke": ("--data-set", "cmnist"), "not_cmnist_weak_convex1_smoke": ("--data-set", "cmnist", "--cost", "weak")}
+
+
+@pytest.fixture(scope="module")
+def neural(tmp_path_factory):
+    """{name: (options, folder, output, globals) of a whole smoke run}"""
+    folder, runs = tmp_path_factory.mktemp("not"), {}
+    for name, kind in KINDS.items():
+        options = ("train_not.py", "--smoke", "--device", "cpu", "--data", folder / "none", *kind)
+        runs[name] = options, folder, *here(*options, "--out", folder)
+    return runs
+
+
+@pytest.fixture
+def toy_globals(neural, monkeypatch):
+    """The toy script's globals, to be changed by monkeypatch.setitem; its functions read them."""
+    torch.manual_seed(0)
+    return neural["not_moons_strong_convex1_smoke"][3]["transport"].__globals__
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_not_smoke_stops_and_resumes_to_the_bit(name, neural, tmp_path, monkeypatch):
+    options, folder, output, values = neural[name]
+    scores, digits, weak = final(output), "cmnist" in name, "weak" in name
+    assert all(math.isfinite(v) for v in scores.values()) and scores["steps"] == 12 and {"convex", "jensen", "violated", "params", "train_s"} < set(scores)
+    assert ("round_trip" in scores) != weak and ("inv_ratio" in scores) == (not digits and not weak)
+    assert {f for f in os.listdir(folder) if f.startswith(name)} == {name + end for end in (".pt", ".png", "_pairs.pt")[:3 if digits else 2]}
+    if digits:
+        pairs = torch.load(folder / f"{name}_pairs.pt", weights_only=True)
+        x, y = pairs["x"], pairs["y"]
+        assert x.shape == (6, 3, 32, 32) and y.shape == (6, 4 if weak else 1, 3, 32, 32) and y.abs().max() <= 1
+        assert scores["cost"] == pytest.approx((y - x[:, None]).square().sum((2, 3, 4)).mean().item() / 2, rel=1e-3)
+        assert scores["spread"] == pytest.approx(y.var(1).sqrt().mean().item() if weak else 0, rel=1e-3)
+        exact = ot.emd2([], [], ot.dist(x.flatten(1).double().numpy(), values["test_real"].flatten(1).double().numpy())) / 2
+        assert scores["ot_cost"] == pytest.approx(exact, rel=1e-3) and scores["cost_ratio"] == pytest.approx(scores["cost"] / exact, rel=2e-3)
+
+    stop_at(monkeypatch, 5)
+    monkeypatch.setattr(common, "draw", lambda fig, path: None)  # the seconds go there
+    output, _ = here(*options, "--out", tmp_path)
+    assert "step      5/12" in output and "step      6/12" not in output and final(output)["steps"] == 5
+    monkeypatch.undo()
+    monkeypatch.setattr(common, "draw", lambda fig, path: None)
+    here(*options, "--out", tmp_path, "--resume")
+    whole, halves = (torch.load(f / f"{name}.pt", weights_only=True) for f in (folder, tmp_path))
+    assert whole["step"] == 12 and same(whole, halves)
+
+
+def test_not_diverging_is_said_and_the_good_checkpoint_kept(neural, tmp_path, monkeypatch):
+    average_weights, calls = common.average_weights, [0]
+
+    def poisoned(average, net, *a):
+        calls[0] += 1
+        if calls[0] == 12:  # of the sixth step
+            next(net.parameters()).data.fill_(float("nan"))
+        return average_weights(average, net, *a)
+
+    monkeypatch.setattr(common, "average_weights", poisoned)
+    monkeypatch.setattr(common.Progress, "save_due", lambda self: True)
+    refuses(here(*neural["not_moons_strong_convex1_smoke"][0], "--out", tmp_path, code=2)[0], "diverged", "--resume")
+    kept = torch.load(tmp_path / "not_moons_strong_convex1_smoke.pt", weights_only=True)
+    assert kept["step"] == 5 and all(v.isfinite().all() for part in ("T", "f", "T_avg", "f_avg") for v in kept[part].values())
+
+
+@pytest.mark.parametrize("bad", [["--cost", "x"], ["--convex", "-1"], ["--convex", "nan"], ["--convex", "inf"], ["--convex", "much"],
+                                 ["--data-set", "mnist"], ["--eps", "1"]])
+def test_not_bad_command_lines(bad, tmp_path):
+    refuses(here("train_not.py", "--out", tmp_path, *bad, code=2)[0], "unrecognized" if bad[0] == "--eps" else bad[0])
+
+
+def test_not_refuses_absent_digits(tmp_path):
+    refuses(here("train_not.py", "--data-set", "cmnist", "--data", tmp_path / "absent", "--out", tmp_path, code=2)[0], "no digits", "--data")
+
+
+def test_two_moons_have_their_moments(toy_globals):
+    y = toy_globals["moons"](400_000).double()
+    cross = 0.125 - 1 / math.pi  # of (cos a - 1/2) and (sin a - 1/4), a uniform on half a turn; both moons are symmetric about 0
+    second = 1.69 * torch.tensor([[0.7525, cross], [cross, 0.565 - 1 / math.pi]], dtype=torch.float64)
+    assert y.mean(0).abs().max() < 0.01 and torch.allclose(y.T @ y / len(y), second, atol=0.01)
+    upper = (y / 1.3 + torch.tensor([0.5, 0.25])).norm(dim=1)  # of the moon around (0, 0)
+    assert ((upper - 1).abs() < 0.25).double().mean() > 0.5
+
+
+def test_gaussian_to_gaussian_map_is_learned_to_its_known_affine_form(toy_globals, monkeypatch):
+    """N(0, I) to N(m, A^2), A symmetric: T(x) = m + A x, grad psi(y) = A^-1 (y - m)."""
+    for k, v in dict(WIDTH=32, BATCH=128, CONVEX=1.0).items():
+        monkeypatch.setitem(toy_globals, k, v)
+    A, m = torch.tensor([[1.4, 0.3], [0.3, 0.7]]), torch.tensor([0.6, -0.4])
+    T, f = toy_globals["Net"](2, 2, True), toy_globals["Net"](2, 1, True, 10.0)
+    opt_T, opt_f = (torch.optim.Adam(net.parameters(), betas=(0.0, 0.99), fused=True) for net in (T, f))
+    sources, targets = common.kd_order(torch.randn(2 ** 14, 2)), common.kd_order(torch.randn(2 ** 14, 2)) @ A + m
+    averages = toy_globals["Net"](2, 2, True), toy_globals["Net"](2, 1, True, 10.0)
+    steps = 400
+    for step in range(1, steps + 1):
+        for opt in (opt_T, opt_f):
+            opt.param_groups[0]["lr"] = 5e-3 * (1 + math.cos(math.pi * step / steps)) / 2
+        for _ in range(3):
+            toy_globals["descend"](opt_T, toy_globals["T_loss"](T, f, toy_globals["batch"](sources)))
+        with torch.no_grad():
+            made = toy_globals["transport"](T, toy_globals["batch"](sources))[:, 0]
+        toy_globals["descend"](opt_f, toy_globals["f_loss"](f, toy_globals["batch"](targets), made)[0])
+        for average, net in zip(averages, (T, f)):
+            common.average_weights(average, net, 0.99, step)
+    x = torch.randn(2000, 2)
+    with torch.no_grad():
+        y = toy_globals["transport"](averages[0], x)[:, 0]
+    error, moved = (y - (x @ A + m)).square().sum(1).mean(), (x - (x @ A + m)).square().sum(1).mean()
+    back = (toy_globals["inverse"](averages[1], x @ A + m) - x).square().sum(1).mean()
+    assert error < 0.03 * moved and back < 0.1 * moved, (error, back, moved)
+
+
+@pytest.mark.parametrize("shape", [(2,), (3, 4, 4)])
+def test_violation_of_a_quadratic_psi_is_its_closed_form(toy_globals, shape):
+    """psi = -k|y|^2/2 lies k t (1-t) |y1-y2|^2/2 above its chord; a convex or affine psi nowhere."""
+    y1, y2, t = torch.randn(500, *shape), torch.randn(500, *shape), torch.rand(500)
+    square = lambda y: y.square().flatten(1).sum(1) / 2
+    for k in (0.5, 2.0):
+        found = toy_globals["violation"](lambda y: (1 + k) * square(y), y1, y2, t)
+        assert torch.allclose(found, k * t * (1 - t) * square(y1 - y2), atol=1e-3)
+    for k in (-3.0, 0.0):
+        assert toy_globals["violation"](lambda y: k * square(y), y1, y2, t).max() == 0
+    assert toy_globals["violation"](lambda y: square(y) + y.flatten(1).sum(1), y1, y2, t).max() < 1e-4
+
+
+def test_f_loss_is_the_gap_and_the_mean_violation(toy_globals, monkeypatch):
+    n, f = 40_000, lambda y: 1.5 * y.square().sum(1)  # psi = -|y|^2
+    y_real, y_made = torch.randn(n, 2), 2 * torch.randn(n, 2)
+    for mixed, expected in ((False, 2 * 2 * 2 / 6), (True, 2 * 2 * 5 / 6)):  # k t (1-t) |y1-y2|^2 / 2: k = 2, E t (1-t) = 1/6, E |y1-y2|^2 / 2 = 2 or 5
+        for k, v in dict(BATCH=n, CONVEX=2.0, MIXED=mixed).items():
+            monkeypatch.setitem(toy_globals, k, v)
+        loss, gap = toy_globals["f_loss"](f, y_real, y_made)
+        assert gap.item() == pytest.approx(1.5 * (2 - 8), rel=0.03) and (loss + gap).item() == pytest.approx(expected, rel=0.04)
+        monkeypatch.setitem(toy_globals, "NOISE", 0.3)  # the same on both ends and between: no other violation
+        assert sum(toy_globals["f_loss"](f, y_real, y_made)).item() == pytest.approx(expected, rel=0.04)
+        monkeypatch.setitem(toy_globals, "NOISE", 0.0)
+    monkeypatch.setitem(toy_globals, "CONVEX", 0.0)
+    loss, gap = toy_globals["f_loss"](f, y_real, y_made)
+    assert loss == -gap
+
+
+def test_inverse_of_a_known_potential(toy_globals):
+    A, b, y = torch.tensor([[0.4, 0.1], [0.1, -0.5]]), torch.tensor([1.0, -2.0]), torch.randn(50, 2)
+    f = lambda y: ((y @ A) * y).sum(1) / 2 + y @ b
+    assert torch.allclose(toy_globals["inverse"](f, y), y - y @ A - b, atol=1e-5)
+    x = torch.randn(50, 2)  # T(x) minimises |x-y|^2/2 - f(y), so that grad psi(T(x)) = x
+    assert torch.allclose(toy_globals["inverse"](f, (x + b) @ torch.linalg.inv(torch.eye(2) - A)), x, atol=1e-5)
+
+
+def test_costs_of_known_maps(toy_globals, monkeypatch):
+    """y = x + a + s z: strong |a|^2/2 for s = 0; weak |a|^2/2 whatever s, from two z: the variance is unbiased."""
+    a = torch.tensor([0.5, -1.0])
+    x = torch.randn(100_000, 2)
+    monkeypatch.setitem(toy_globals, "Z", 0)
+    y = toy_globals["transport"](lambda x: a.expand(len(x), 2), x)
+    assert y.shape == (len(x), 1, 2) and toy_globals["cost_of"](x, y).item() == pytest.approx(0.625, rel=1e-4)
+    monkeypatch.setitem(toy_globals, "Z", 2)
+    y = toy_globals["transport"](lambda xz: a + 0.8 * xz[:, 2:], x, 2)
+    assert toy_globals["cost_of"](x, y).item() == pytest.approx(0.625 + 0.64, rel=0.01)
+    monkeypatch.setitem(toy_globals, "WEAK", True)
+    assert toy_globals["cost_of"](x, y).item() == pytest.approx(0.625, rel=0.02)
+    assert torch.equal(*(toy_globals["transport"](lambda xz: xz[:, 2:], x[:9], 3, torch.Generator().manual_seed(5)) for _ in range(2)))
+
+
+def test_not_scores_by_hand(toy_globals, monkeypatch):
+    monkeypatch.setitem(toy_globals, "WEAK_ROUNDS", 300)
+    x, near, far = torch.randn(30, 2), torch.tensor([0.1, 0.0]), torch.tensor([0.0, 0.3])
+    order = torch.randperm(30)
+    means, floor = toy_globals["discrete"](x, [x[order] + near, x[order] - far], False)  # a common shift is the optimal plan
+    assert torch.allclose(means[0], x + near, atol=1e-5) and torch.allclose(means[1], x - far, atol=1e-5) and floor == pytest.approx(0.1, rel=1e-4)
+    assert toy_globals["error_ratio"](x + near, means, floor) == pytest.approx(0.5, rel=1e-4)
+    assert toy_globals["error_ratio"](x + (near - far) / 2, means, floor) == pytest.approx(0.25, rel=1e-4)
+    assert toy_globals["w2"](x, x[order] + far) == pytest.approx(0.09, rel=1e-4)
+    means, floor = toy_globals["discrete"](x, [torch.cat([x + s, x - s]) for s in (near, 5 * far)], True)  # barycentric cost 0: E[y|x] = x
+    assert all((m - x).square().sum(1).mean() < 0.01 for m in means) and floor < 0.01
+
+
+def test_descend_moves_one_network_in_any_layout(neural, monkeypatch):
+    """Fused Adam reads gradients in the weights' own layout; a gradient of other strides would be scrambled in silence."""
+    unet_globals = neural["not_cmnist_strong_convex1_smoke"][3]["transport"].__globals__
+    torch.manual_seed(0)
+    monkeypatch.setitem(unet_globals, "NOISE", 0.0)
+    x, first = torch.rand(5, 3, 32, 32) * 2 - 1, unet_globals["UNet"]()
+    assert torch.equal(unet_globals["transport"](first, x)[:, 0], x)  # the identity at the start
+    for p in first.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    f, results = common.ResNet(32, 3, 4, 0), []
+    for layout in (torch.channels_last, torch.contiguous_format):
+        T = unet_globals["UNet"]()
+        T.load_state_dict(first.state_dict())
+        T.to(memory_format=layout)
+        f.to(memory_format=layout)
+        frozen = [p.clone() for p in f.parameters()]
+        opt = torch.optim.Adam(T.parameters(), lr=1e-3, fused=True)
+        for _ in range(2):
+            unet_globals["descend"](opt, unet_globals["T_loss"](T, f, x))
+        assert all(map(torch.equal, frozen, f.parameters())) and all(p.grad is None for p in f.parameters())
+        results.append(torch.cat([p.detach().flatten() for p in T.parameters()]))
+    moved = (results[0] - torch.cat([p.detach().flatten() for p in first.parameters()])).abs().max()
+    assert moved > 1e-3 and ((results[0] - results[1]).abs() > 1e-4).double().mean() < 0.02  # Adam magnifies round-off where gradients vanish
 
 
 # ------------------------------------------------------------------------------------------------ eval_fid.py
