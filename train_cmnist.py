@@ -15,7 +15,8 @@ cmnist_eps0.1_pairs.pt = {"x": (N,3,32,32), "y": (N,M,3,32,32)}: every test 2 an
 The Gaussian part knows from the first step that the background is black and which pixels go together; the net learns
 what is not Gaussian.  Real digits carry noise of deviation NOISE, so that f is smooth and chains mix.  A translation is
 ROUNDS Langevin steps from the source image, then COOLING steps in which the noise falls to 0: these take out the grain, which
-relaxes in about 2 NOISE^2 / ETA = 4 steps, and less of what varies slowly, such as shape and thickness.  @@DIVERSITY
+relaxes in about 2 NOISE^2 / ETA steps, 4 to 10, but of what varies slowly, such as slant and shape, little: it keeps 87 % of
+the translations' deviation in the data's main directions at eps 0.1, 88 % at eps 1.
 
 Scores of the translations of test 2s, in the last line: those of common.digit_scores (cost, hue_err, spread, shape, blur,
 off_colour), and
@@ -31,7 +32,6 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import nn
 from torchvision.datasets import MNIST
@@ -56,7 +56,7 @@ ETA = min(NOISE ** 2 / 2, 0.2 * EPS)  # Langevin step: resolves the noise and, a
 BOX = 3.0                # pixels stay within +-BOX: where f has become too steep for the step, it learns so instead of losing the chain
 RESTART = 0.03           # share of the chains per step restarted at y = x in a new colour: they live 330 steps, as at test time
 RANK = 128               # directions in pixel space whose covariances the Gaussian part knows; the others share one variance
-WIDTH, DEPTH = 32, 0     # of the ResNet
+WIDTH, DEPTH = 32, 0     # of the ResNet: with residual blocks (16 or 24 wide) it learned less in the same two minutes
 SCALE = EPS / ETA        # of the net; (f - c)/eps then moves a chain by grad net / 2 per Langevin step
 LR, BETAS = 1e-3, (0.0, 0.99)  # of Adam; falls to 0 by a cosine
 WARMUP = 50              # steps

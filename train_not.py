@@ -408,7 +408,7 @@ if not DIGITS:
     picture = axes[1, 1].contourf(ticks, ticks, (psi - psi.min()).sqrt().T, 30, cmap="magma")
     fig.colorbar(picture, ax=axes[1, 1], shrink=0.85)
     axes[1, 1].scatter(*q_fresh[0][:500].T, s=1, c="w")
-    axes[1, 1].set(title=f"root of $\\psi = |y|^2/2 - f$ ({100 * scores['violated']:.1f} % of pairs violate convexity)", **limits)
+    axes[1, 1].set(title=f"root of $\\psi$ ({100 * scores['violated']:.1f} % of pairs violate convexity)", **limits)
 else:
     per_image = 4 if WEAK else 1
     with torch.no_grad():
