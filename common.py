@@ -12,6 +12,7 @@ import argparse
 import math
 import os
 import signal
+import socket
 import sys
 import time
 
@@ -264,8 +265,9 @@ class Bank(nn.Module):
 def digits(dataset, root, digit, train, drawn=False):
     """All images of one digit: (n, 1, 32, 32) in [0,1], from torchvision.datasets.MNIST, or a class like it, in the folder root.
     Where there is none they are downloaded, or, if `drawn`, made up: 40 to train with, 6 to test."""
-    if drawn and not os.path.isdir(os.path.join(root, dataset.__name__)):
+    if drawn and not os.path.exists(os.path.join(root, dataset.__name__, "raw", "train-images-idx3-ubyte")):
         return drawn_digits(digit, 40 if train else 6, torch.Generator().manual_seed(2 * digit + train))
+    socket.setdefaulttimeout(30)  # seconds: without it a network that drops packets hangs a download for ever
     try:
         data = dataset(root, train=train, download=True)
         grey = F.pad(data.data[torch.as_tensor(data.targets) == digit][:, None].float() / 255, (2, 2, 2, 2))

@@ -673,6 +673,8 @@ def test_cmnist_reads_real_files_and_refuses_bad_ones(tmp_path, monkeypatch):
 
     monkeypatch.setattr(mnist, "download_and_extract_archive", offline)
     refuses(here("train_cmnist.py", "--data", tmp_path / "absent", "--out", tmp_path, code=2)[0], "no digits", "network", "--data")
+    assert (tmp_path / "absent").exists()  # torchvision makes the folder, which must not pass for data
+    assert len(common.digits(mnist.MNIST, str(tmp_path / "absent"), 3, True, drawn=True)) == 40
 
 
 def test_colours():
