@@ -303,7 +303,8 @@ def drawn_digits(digit, n, generator):
 def paint(grey, hue=None, generator=None):
     """Digits (n, 1, H, W) in [0,1] in the full-saturation colours hue (n,), in turns (0 red, 1/3 green), drawn uniformly
     unless given: (n, 3, H, W) in [-1,1]."""
-    hue = torch.rand(len(grey), generator=generator).to(grey.device) if hue is None else hue
+    if hue is None:
+        hue = torch.rand(len(grey), generator=generator, device=generator.device if generator else grey.device).to(grey.device)
     return 2 * grey * _colours(hue)[:, :, None, None] - 1
 
 
