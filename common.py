@@ -545,7 +545,8 @@ def stop_if_diverged(limit, advice="Lower LR or the Langevin step, or take more 
     """End the run, before anything is saved over, if a value (a float) is not finite or beyond +-limit."""
     for name, value in values.items():
         if not abs(value) < limit:  # nan too
-            fail(f"diverged: {name} is {value:.4g}.  {advice}, and start afresh; the last good checkpoint is kept, --resume with the same constants goes on from it")
+            fail(f"diverged: {name} is {value:.4g}.  {advice}, and start afresh; "
+                 f"the last good checkpoint is kept, --resume with the same constants goes on from it")
 
 
 def peak_mib(device):
