@@ -248,6 +248,11 @@ def kd_order(points):
     return cells.squeeze(1)
 
 
+def warm_cosine(lr, step, warmup, steps):
+    """Learning rate at this step, from 1: up to lr in `warmup` steps, down to 0 at the last by a cosine."""
+    return lr * min(1.0, step / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
 class Bank(nn.Module):
     """Persistent chains: sources x and their current y, both (N, ...), as buffers that move and save with it."""
 
@@ -258,6 +263,22 @@ class Bank(nn.Module):
 
     def rows(self, n):
         return stratified_rows(len(self.x), n, self.x.device)
+
+
+# ------------------------------------------------------------------------------------------------ Gaussians
+
+def root_of(S):
+    """Symmetric square root."""
+    values, vectors = torch.linalg.eigh(S)
+    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+
+
+def gaussian_map(S0, S1, eps):
+    """T (D, D) of the entropic plan between N(m0, S0) and N(m1, S1), pi(.|x) = N(m1 + T (x - m0), eps T): Janati et al. 2020."""
+    r = root_of(S0)
+    values, vectors = torch.linalg.eigh(r @ S1 @ r)
+    half = torch.linalg.inv(r) @ vectors
+    return half * (2 * values / (torch.hypot(2 * values.sqrt(), torch.full_like(values, eps)) + eps)) @ half.T  # as (R - eps I)/2 it cancels
 
 
 # ------------------------------------------------------------------------------------------------ coloured digits
@@ -365,11 +386,9 @@ def digit_scores(x, y, real):
 
 def save_pairs(path, x, y):
     """Write {"x": (N, ...), "y": (N, M, ...)}; a full disk must not cost the run its last line."""
-    try:
-        torch.save({"x": x.cpu(), "y": y.cpu()}, f"{path}.tmp")
-        os.replace(f"{path}.tmp", path)
-    except (OSError, RuntimeError) as error:
-        print(f"warning: cannot write {path} ({str(error).splitlines()[0]}): free some space, then --resume writes it again", flush=True)
+    problem = _write(path, {"x": x.cpu(), "y": y.cpu()})
+    if problem:
+        print(f"warning: {problem}: free some space, then --resume writes it again", flush=True)
 
 
 def tiled(images, columns):
@@ -460,13 +479,20 @@ def save(path, parts, **values):
     moment leaves the old checkpoint or the new one, whole.  Tensors and builtins only, so weights_only=True loads it."""
     state = {name: part.state_dict() for name, part in parts.items()}
     state["rng"] = [torch.get_rng_state()] + (torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
+    problem = _write(path, {**state, **values})
+    if problem:
+        fail(f"{problem}: free some space or choose another --out; an earlier checkpoint there is untouched")
+
+
+def _write(path, state):
+    """torch.save aside, then rename -> None, or what went wrong, with nothing left behind."""
     try:
-        torch.save({**state, **values}, f"{path}.tmp")
+        torch.save(state, f"{path}.tmp")
         os.replace(f"{path}.tmp", path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError of its zip writer
         if os.path.exists(f"{path}.tmp"):
             os.remove(f"{path}.tmp")
-        fail(f"cannot write {path} ({str(error).splitlines()[0]}): free some space or choose another --out; an earlier checkpoint there is untouched")
+        return f"cannot write {path} ({str(error).splitlines()[0]})"
 
 
 def load(path, parts, constants):
@@ -491,6 +517,14 @@ def load(path, parts, constants):
     except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         fail(f"{path} does not fit this script ({str(error).splitlines()[0]}): move it away and start without --resume")
     return state
+
+
+def begin(path, parts, constants, resume):
+    """Where a run starts: with resume from `load`, else at step 0 with an earlier checkpoint kept -> values saved, at least step and seconds."""
+    if resume:
+        return load(path, parts, constants)
+    keep_old(path)
+    return {"step": 0, "seconds": 0.0}
 
 
 def keep_old(path):

@@ -369,16 +369,13 @@ bank = common.Bank(torch.arange(len(train)), torch.randn(len(train), D)).to(devi
 eta = torch.tensor(ETA * min(EPS, 1.0), device=device)
 
 parts = {"f": f, "f_avg": f_avg, "opt": opt, "bank": bank}
-step, seconds = 0, 0.0
+state = common.begin(checkpoint, parts, CONSTANTS, args.resume)
 if args.resume:
-    state = common.load(checkpoint, parts, CONSTANTS)
-    step, seconds = state["step"], state["seconds"]
     eta.copy_(state["eta"])
 else:
-    common.keep_old(checkpoint)
     for rows in bank.x.split(POOL):  # the discrete plan with as many latents: chains start with the law Q as a whole
         bank.y[rows] = bank.y[rows][assigned(costs(load(rows), in_batches(images, bank.y[rows]))).to(device)]
-progress = common.Progress(STEPS, step, seconds, device)
+step, progress = state["step"], common.Progress(STEPS, state["step"], state["seconds"], device)
 
 
 def save():
@@ -390,7 +387,7 @@ save()  # a full disk or a folder without permission shows now, not in an hour
 stop.armed, last = True, step == STEPS
 while not last:
     step += 1
-    opt.param_groups[0]["lr"] = LR * min(1.0, step / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / STEPS))
+    opt.param_groups[0]["lr"] = common.warm_cosine(LR, step, WARMUP, STEPS)
     rows = bank.rows(BATCH)
     z, jumped, accepted = step_chains(f, load(rows), bank.y[rows], torch.randperm(POOL, device=device)[:JUMPS], RESTART)
     bank.y[rows] = z

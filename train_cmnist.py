@@ -92,18 +92,12 @@ CONSTANTS = common.constants_of(globals())
 
 # ---------------------------------------------------------------------------------------------- potential
 
-def root_of(S):
-    """Symmetric square root."""
-    values, vectors = torch.linalg.eigh(S)
-    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
-
-
 class Gaussian(nn.Module):
     """The exact potential of entropic OT between Gaussians with the means and covariances of samples x, y (n, D):
 
         f(y) = |y|^2/2 - (y - m1)^T T^-1 (y - m1)/2 - y^T m0,    pi_f(.|x) = N(m1 + T (x - m0), eps T)
 
-    T as in train_gauss.py (Janati et al. 2020).  Covariances are full in the RANK main directions of x and y together,
+    T from common.gaussian_map.  Covariances are full in the RANK main directions of x and y together,
     a multiple of the identity in the rest, plus NOISE^2 for y."""
 
     def __init__(self, x, y):
@@ -111,12 +105,8 @@ class Gaussian(nn.Module):
         m0, m1 = x.mean(0), y.mean(0)
         basis = torch.svd_lowrank(torch.cat([x - m0, y - m1]), RANK, niter=3)[2]
         (S0, rest0), (S1, rest1) = self.covariance(x - m0, basis, 0.01), self.covariance(y - m1, basis, NOISE)
-        r = root_of(S0)
-        values, vectors = torch.linalg.eigh(r @ S1 @ r)
-        half = torch.linalg.inv(r) @ vectors
-        T = half * (2 * values / ((4 * values + EPS ** 2).sqrt() + EPS)) @ half.T
         rest = 2 * rest1 / ((4 * rest0 * rest1 + EPS ** 2) ** 0.5 + EPS)  # T outside the basis
-        values, vectors = torch.linalg.eigh(T)
+        values, vectors = torch.linalg.eigh(common.gaussian_map(S0, S1, EPS))
         excess = (vectors * (1 / values.clamp_min(ETA / (2 * EPS)) - 1 / rest)) @ vectors.T  # narrower, Langevin's step would explode
         for name, value in (("m0", m0), ("m1", m1), ("basis", basis), ("rest", torch.tensor(rest)), ("excess", excess)):
             self.register_buffer(name, value.float())
@@ -183,13 +173,8 @@ print(f"{len(grey)} sources, {len(real)} targets, {len(test_x)} test images; {pe
       f"for all steps on a card that reaches 1 TFLOP/s (an eighth of a GTX 1080)", flush=True)
 
 parts = {"f": f, "f_avg": f_avg, "opt": opt, "bank": bank}
-step, seconds = 0, 0.0
-if args.resume:
-    state = common.load(checkpoint, parts, CONSTANTS)
-    step, seconds = state["step"], state["seconds"]
-else:
-    common.keep_old(checkpoint)
-progress = common.Progress(STEPS, step, seconds, device)
+state = common.begin(checkpoint, parts, CONSTANTS, args.resume)
+step, progress = state["step"], common.Progress(STEPS, state["step"], state["seconds"], device)
 
 
 def save():
@@ -200,7 +185,7 @@ save()  # a full disk or a folder without permission shows now, not in an hour
 stop.armed, last = True, step == STEPS
 while not last:
     step += 1
-    opt.param_groups[0]["lr"] = LR * min(1.0, step / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / STEPS))
+    opt.param_groups[0]["lr"] = common.warm_cosine(LR, step, WARMUP, STEPS)
     rows = bank.rows(BATCH)
     fresh = torch.rand(BATCH, 1, 1, 1, device=device) < RESTART
     x = torch.where(fresh, common.paint(grey[rows]), bank.x[rows])

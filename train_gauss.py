@@ -176,18 +176,9 @@ if args.table:
 
 # ---------------------------------------------------------------------------------------------- the exact answer, in float64
 
-def root_of(S):
-    """Symmetric square root."""
-    values, vectors = torch.linalg.eigh(S)
-    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
-
-
 def exact_plan(S0, S1, eps):
     """Covariance (2 dim, 2 dim) of the entropic plan between N(0, S0) and N(0, S1) (Janati et al. 2020), and T (dim, dim)."""
-    r = root_of(S0)
-    values, vectors = torch.linalg.eigh(r @ S1 @ r)
-    half = torch.linalg.inv(r) @ vectors
-    T = half * (2 * values / (torch.hypot(2 * values.sqrt(), torch.tensor(eps).double()) + eps)) @ half.T  # as (R - eps I)/2 it cancels
+    T = common.gaussian_map(S0, S1, eps)
     C = S0 @ T
     return torch.cat([torch.cat([S0, C], 1), torch.cat([C.T, S1], 1)]), T
 
@@ -198,7 +189,7 @@ def uvp(samples, mean, S):
     The last trace as sum of singular values of a product of roots: the root of an eigenvalue near 0 would lose half the digits."""
     samples = samples.double()
     centred = samples - samples.mean(0)
-    fidelity = torch.linalg.svdvals(root_of(centred.T @ centred / len(samples)) @ root_of(S)).sum()
+    fidelity = torch.linalg.svdvals(common.root_of(centred.T @ centred / len(samples)) @ common.root_of(S)).sum()
     spread = centred.square().sum() / len(samples)
     return (100 * ((samples.mean(0) - mean).square().sum() + spread + S.trace() - 2 * fidelity) / S.trace()).item()
 
@@ -273,14 +264,10 @@ moments = torch.zeros(2 * DIM, 2 * DIM, device=device)
 
 checkpoint, figure = file(f"dim{DIM}_eps{EPS:g}", ".pt"), file(f"dim{DIM}_eps{EPS:g}", ".png")
 parts = {"f": f, "f_avg": f_avg, "opt": opt, "bank": bank}
-step, seconds = 0, 0.0
+state = common.begin(checkpoint, parts, CONSTANTS, args.resume)
 if args.resume:
-    state = common.load(checkpoint, parts, CONSTANTS)
-    step, seconds = state["step"], state["seconds"]
     eta, slope, root, moments = (state[k].to(device) for k in ("eta", "slope", "root", "moments"))
-else:
-    common.keep_old(checkpoint)
-progress = common.Progress(STEPS, step, seconds, device)
+step, progress = state["step"], common.Progress(STEPS, state["step"], state["seconds"], device)
 
 
 def save():
@@ -292,7 +279,7 @@ save()  # a full disk or a folder without permission shows now, not in an hour
 stop.armed, last = True, step == STEPS
 while not last:
     step += 1
-    opt.param_groups[0]["lr"] = LR * min(1.0, step / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / STEPS))
+    opt.param_groups[0]["lr"] = common.warm_cosine(LR, step, WARMUP, STEPS)
     fresh = torch.rand(BATCH, 1, device=device) < REFRESH
     new = source(BATCH)
     bank.y = torch.where(fresh, begin(new), bank.y)
@@ -324,13 +311,13 @@ save()
 x = source(SAMPLES)
 y = sample(f_avg, x)
 learned = torch.cat([x, y], 1).cpu()
-exact = torch.randn(SAMPLES, 2 * DIM, dtype=torch.float64) @ root_of(plan)
+exact = torch.randn(SAMPLES, 2 * DIM, dtype=torch.float64) @ common.root_of(plan)
 scores = {"plan_uvp": uvp(learned, zero, plan), "plan_floor": uvp(exact, zero, plan),
           "target_uvp": uvp(learned[:, DIM:], zero[DIM:], S1), "target_floor": uvp(exact[:, DIM:], zero[DIM:], S1)}
 test_x = source(TEST_X)
 test_y = sample(f_avg, test_x.repeat_interleave(TEST_Y, 0)).view(TEST_X, TEST_Y, DIM).cpu().double()
 means = test_x.cpu().double() @ T
-exact_y = torch.randn(TEST_X, TEST_Y, DIM, dtype=torch.float64) @ root_of(EPS * T) + means[:, None]
+exact_y = torch.randn(TEST_X, TEST_Y, DIM, dtype=torch.float64) @ common.root_of(EPS * T) + means[:, None]
 for key, clouds in (("cond_uvp", test_y), ("cond_floor", exact_y)):
     scores[key] = sum(uvp(cloud, mean, EPS * T) for cloud, mean in zip(clouds, means)) / TEST_X
 
@@ -343,7 +330,7 @@ axes[0].scatter(*(learned[:2000, DIM:].double() @ view).T, s=2, c="0.75", label=
 for k in range(min(4, TEST_X)):
     axes[0].scatter(*(test_y[k, :300] @ view).T, s=3, c=f"C{k}")
 for k, (mean, S) in enumerate([(zero[DIM:], S1)] + [(m, EPS * T) for m in means[:4]]):
-    centre, shape = (mean @ view)[:, None], root_of(view.T @ S @ view)
+    centre, shape = (mean @ view)[:, None], common.root_of(view.T @ S @ view)
     axes[0].plot(*(centre + shape @ circle), c=f"C{k - 1}" if k else "k", lw=1.5, label=None if k else "exact, 2 deviations")
 axes[0].legend(loc="upper right")
 axes[0].set(title="y, and y given four x", xlabel="Q's two widest axes", aspect="equal")

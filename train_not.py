@@ -297,13 +297,8 @@ if not DIGITS:
     print(f"discrete references on {REFERENCE_N} samples: {time.perf_counter() - begun:.0f} s", flush=True)
 
 parts = {"T": T, "f": f, "T_avg": T_avg, "f_avg": f_avg, "opt_T": opt_T, "opt_f": opt_f}
-step, seconds = 0, 0.0
-if args.resume:
-    state = common.load(checkpoint, parts, CONSTANTS)
-    step, seconds = state["step"], state["seconds"]
-else:
-    common.keep_old(checkpoint)
-progress = common.Progress(STEPS, step, seconds, device)
+state = common.begin(checkpoint, parts, CONSTANTS, args.resume)
+step, progress = state["step"], common.Progress(STEPS, state["step"], state["seconds"], device)
 
 
 def save():
@@ -325,7 +320,7 @@ stop.armed, last = True, step == STEPS
 while not last:
     step += 1
     for opt in (opt_T, opt_f):
-        opt.param_groups[0]["lr"] = LR * min(1.0, step / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / STEPS))
+        opt.param_groups[0]["lr"] = common.warm_cosine(LR, step, WARMUP, STEPS)
     for _ in range(T_STEPS):
         descend(opt_T, T_loss(T, f, batch(sources)))
     x, y_real = batch(sources), batch(targets)

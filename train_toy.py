@@ -266,14 +266,11 @@ reference_means = [w @ y for w, (y, _) in zip(weights, references)]
 coarse, _ = grid(min(max(0.8 * math.sqrt(EPS), 0.008), 0.05))
 
 parts = {"f": f, "f_avg": f_avg, "opt": opt, "bank": bank}
-step, seconds, jumped = 0, 0.0, torch.zeros((), device=device)
+jumped = torch.zeros((), device=device)
+state = common.begin(checkpoint, parts, CONSTANTS, args.resume)
 if args.resume:
-    state = common.load(checkpoint, parts, CONSTANTS)
-    step, seconds = state["step"], state["seconds"]
     eta.copy_(state["eta"])
-else:
-    common.keep_old(checkpoint)
-progress = common.Progress(STEPS, step, seconds, device)
+step, progress = state["step"], common.Progress(STEPS, state["step"], state["seconds"], device)
 
 
 def save():
