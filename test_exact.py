@@ -28,7 +28,7 @@ import common
 import digits
 import eval_fid
 import stylegan2
-from test_smoke import HERE, afhq, cmnist, final, gauss, here, neural, refuses, run  # fixtures among them
+from test_smoke import HERE, RUNS, checkpoint, final, here, refuses, run, signal_at, smoke, whole, written
 
 
 # ------------------------------------------------------------------------------------------------ the scripts
@@ -170,7 +170,7 @@ def test_langevin_with_f_zero_has_its_stationary_law_and_explodes_at_4_eps():
     assert y.mean().item() == pytest.approx(1.5, abs=4 * (eps / 2e4) ** 0.5)
     assert y.var().item() == pytest.approx(eps / (1 - eta / (4 * eps)), rel=0.03)  # twice eps: the bias at this step
     assert common.langevin(flat, x[:9], x[:9], eps, 4.2 * eps, 400).abs().max() > 1e3
-    cool = common.langevin(flat, x, x, eps, eta, 100, heat=0.25)
+    cool = common.langevin(flat, x, x, eps, eta, 100, temperature=0.25)
     assert cool.var().item() == pytest.approx(0.25 * eps / (1 - eta / (4 * eps)), rel=0.03)
     newton = common.langevin(flat, x[:9], x[:9] + 1, eps, 2 * eps, 1, temperature=0.0)  # one step, no noise
     assert torch.equal(newton, x[:9])
@@ -357,8 +357,14 @@ def test_potentials():
 
 # ------------------------------------------------------------------------------------------------ train_gauss.py
 
+@pytest.fixture
+def gauss():
+    """The script's globals; so below."""
+    return whole("gauss_dim3_eps1_seed0_smoke")[2]
+
+
 def test_gauss_table_knows_finished_cells_by_their_own_number_of_steps(tmp_path, gauss, monkeypatch):
-    read_finals, path = gauss[2]["read_finals"], tmp_path / "table.txt"
+    read_finals, path = gauss["read_finals"], tmp_path / "table.txt"
     monkeypatch.setitem(read_finals.__globals__, "LEAST_STEPS", 1000)
     monkeypatch.setitem(read_finals.__globals__, "DIM_STEPS", 6000)
     cells = (2, 3000), (3, 1000), (16, 1000), (64, 999)
@@ -369,10 +375,10 @@ def test_gauss_table_knows_finished_cells_by_their_own_number_of_steps(tmp_path,
 def test_gauss_closed_form_against_a_long_discrete_solve(gauss):
     """Both laws as weights on a fine grid, where sums are integrals to many digits, and Sinkhorn to convergence."""
     eps = 1.0
-    T = gauss[2]["exact_plan"](torch.eye(2).double(), 2 * torch.eye(2).double(), 1e9)[1]
+    T = gauss["exact_plan"](torch.eye(2).double(), 2 * torch.eye(2).double(), 1e9)[1]
     assert torch.allclose(1e9 * T, 2 * torch.eye(2).double(), rtol=1e-6)  # no cancellation: T tends to S1/eps
     S0, S1 = torch.tensor([[1.0, 0.5], [0.5, 0.7]]).double(), torch.tensor([[0.6, -0.3], [-0.3, 1.1]]).double()
-    plan, T = gauss[2]["exact_plan"](S0, S1, eps)
+    plan, T = gauss["exact_plan"](S0, S1, eps)
     grid = torch.cartesian_prod(*[torch.linspace(-5, 5, 39, dtype=torch.float64)] * 2)
     p, q = ((-(grid @ torch.linalg.inv(S) * grid).sum(1) / 2).softmax(0) for S in (S0, S1))
     p, q = ((w + 1e-300) / (w + 1e-300).sum() for w in (p, q))
@@ -391,7 +397,7 @@ def test_gauss_closed_form_against_a_long_discrete_solve(gauss):
 
 
 def test_gauss_uvp_by_hand(gauss):
-    uvp = gauss[2]["uvp"]
+    uvp = gauss["uvp"]
     corners = torch.tensor([[1.0, 1.0], [1, -1], [-1, 1], [-1, -1]])  # mean 0, covariance I
     eye, no = torch.eye(2).double(), torch.zeros(2).double()
     assert uvp(corners, no, eye) == pytest.approx(0, abs=1e-10)
@@ -406,7 +412,7 @@ def test_gauss_uvp_by_hand(gauss):
 
 def test_gauss_regression(gauss):
     torch.manual_seed(0)
-    g = gauss[2]
+    g = gauss
     slope, residual = torch.randn(3, 3), torch.diag(torch.tensor([1.0, 0.5, 0.8]))
     x = torch.randn(200_000, 3)
     pairs = torch.cat([x, x @ slope + torch.randn(200_000, 3) @ residual], 1)
@@ -415,6 +421,11 @@ def test_gauss_regression(gauss):
 
 
 # ------------------------------------------------------------------------------------------------ train_cmnist.py
+
+@pytest.fixture
+def cmnist():
+    return whole("cmnist_eps0.1_seed0_smoke")[2]
+
 
 def write_mnist(root, images, labels, train, cut=0):
     """As torchvision keeps MNIST: (n, 28, 28) and (n,) bytes."""
@@ -427,10 +438,10 @@ def write_mnist(root, images, labels, train, cut=0):
     (folder / f"{part}-labels-idx1-ubyte").write_bytes(header + labels.tobytes())
 
 
-def test_cmnist_gaussian_part_is_the_exact_plan(values_of_cmnist, monkeypatch):
+def test_cmnist_gaussian_part_is_the_exact_plan(cmnist, monkeypatch):
     """pi_f(.|x) = N(m1 + T (x - m0), eps T) with T^-1 = 1 - Hessian of f: it must carry N(m0, S0) to N(m1, S1)."""
     torch.manual_seed(0)
-    g, d, eps, noise = values_of_cmnist["translate"].__globals__, 6, 0.3, 0.2
+    g, d, eps, noise = cmnist["translate"].__globals__, 6, 0.3, 0.2
     for k, v in dict(EPS=eps, NOISE=noise, RANK=4, ETA=0.002).items():
         monkeypatch.setitem(g, k, v)
     in_four = torch.randn(4, d, dtype=torch.float64) * torch.tensor([[2.0], [1.0], [0.7], [0.5]])
@@ -449,10 +460,10 @@ def test_cmnist_gaussian_part_is_the_exact_plan(values_of_cmnist, monkeypatch):
     assert drift.abs().max() < 1e-3
 
 
-def test_cmnist_translation_cools_to_the_mode(values_of_cmnist, monkeypatch):
+def test_cmnist_translation_cools_to_the_mode(cmnist, monkeypatch):
     """f = -k|y|^2/2: hot, the biased law of Langevin's steps about x/(1+k); cooled, x/(1+k) itself."""
     torch.manual_seed(0)
-    g, eps, eta, k = values_of_cmnist["translate"].__globals__, 0.1, 0.04, 2.0
+    g, eps, eta, k = cmnist["translate"].__globals__, 0.1, 0.04, 2.0
     for key, v in dict(EPS=eps, ETA=eta, ROUNDS=40, COOLING=60, BATCH=10).items():
         monkeypatch.setitem(g, key, v)
     x = torch.full((10, 3, 32, 32), 0.6)
@@ -481,11 +492,6 @@ def test_digit_scores_by_hand():
     assert scores["spread"] == pytest.approx(4 / 48 / 2 ** 0.5) and scores["hue_err"] == pytest.approx(120, abs=0.1)
     assert scores["cost"] == pytest.approx((y - x[:, None]).square().sum((2, 3, 4)).mean().item() / 2)
     assert digits.digit_scores(x, x[:, None], x + 1)["shape"] == pytest.approx(1)  # nothing done
-
-
-@pytest.fixture
-def values_of_cmnist(cmnist):
-    return cmnist[2]
 
 
 def test_cmnist_reads_real_files_and_refuses_bad_ones(tmp_path, monkeypatch):
@@ -551,13 +557,13 @@ def test_synthetic_digits_are_twos_and_threes():
 # ------------------------------------------------------------------------------------------------ train_not.py
 
 @pytest.fixture
-def toy_globals(neural, monkeypatch):
+def toy_globals():
     """The toy script's globals, to be changed by monkeypatch.setitem; its functions read them."""
     torch.manual_seed(0)
-    return neural["not_moons_strong_convex1_smoke"][3]["transport"].__globals__
+    return whole("not_moons_strong_convex1_seed0_smoke")[2]["transport"].__globals__
 
 
-def test_not_diverging_is_said_and_the_good_checkpoint_kept(neural, tmp_path, monkeypatch):
+def test_not_diverging_is_said_and_the_good_checkpoint_kept(tmp_path, monkeypatch):
     update_ema, calls = common.update_ema, [0]
 
     def poisoned(average, net, *a):
@@ -567,9 +573,11 @@ def test_not_diverging_is_said_and_the_good_checkpoint_kept(neural, tmp_path, mo
         return update_ema(average, net, *a)
 
     monkeypatch.setattr(common, "update_ema", poisoned)
-    monkeypatch.setattr(common.Progress, "save_due", lambda self: True)
-    refuses(here(*neural["not_moons_strong_convex1_smoke"][0], "--out", tmp_path, code=2)[0], "diverged", "--resume")
-    kept = torch.load(tmp_path / "not_moons_strong_convex1_smoke.pt", weights_only=True)
+    due = common.Run.due
+    monkeypatch.setattr(common.Run, "due", lambda self: due(self, every=0))
+    name = "not_moons_strong_convex1_seed0_smoke"
+    refuses(smoke(name, tmp_path, code=2)[0], "diverged", "step 6")
+    kept = checkpoint(tmp_path, name)
     parts = [kept[part] for part in ("T", "f", "T_avg", "f_avg")]
     assert kept["step"] == 5 and all(v.isfinite().all() for part in parts for v in part.values())
 
@@ -694,9 +702,9 @@ def test_not_scores_by_hand(toy_globals, monkeypatch):
     assert all((m - x).square().sum(1).mean() < 0.01 for m in means) and floor < 0.01
 
 
-def test_descend_moves_one_network_in_any_layout(neural, monkeypatch):
+def test_descend_moves_one_network_in_any_layout(monkeypatch):
     """Fused Adam reads gradients in the weights' own layout; a gradient of other strides would be scrambled."""
-    unet_globals = neural["not_cmnist_strong_convex1_smoke"][3]["transport"].__globals__
+    unet_globals = whole("not_cmnist_strong_convex1_seed0_smoke")[2]["transport"].__globals__
     torch.manual_seed(0)
     monkeypatch.setitem(unet_globals, "NOISE", 0.0)
     x, first = torch.rand(5, 3, 32, 32) * 2 - 1, unet_globals["UNet"]()
@@ -1248,8 +1256,8 @@ def test_poisoned_and_foreign_files_are_refused_by_one_sentence_and_nothing_is_r
 # ------------------------------------------------------------------------------------------------ train_afhq_latent.py
 
 @pytest.fixture
-def values(afhq):
-    return afhq[2]
+def values():
+    return whole("afhq_cat_eps1_seed0_smoke")[2]
 
 
 def afhq_layout(folder, save, n=12):
@@ -1290,6 +1298,15 @@ def test_afhq_bad_data_and_generators(tmp_path, tiny):
     truncated(tmp_path / "data" / "train" / "cat" / "5x.jpg")
     refused("5x.jpg", "not a readable image")
     refused("no folder wild, only cat", "--source", source="wild")
+
+
+def test_afhq_other_data_are_refused(tmp_path):
+    name = "afhq_cat_eps1_seed0_smoke"
+    smoke(name, tmp_path)
+    Image.new("RGB", (32, 32)).save(tmp_path / f"{name}_data" / "train" / "cat" / "00003.png")
+    output, _ = smoke(name, tmp_path, "--resume", code=2)  # not the data it was trained on
+    refuses(output, "IMAGES was", "without --resume")
+    assert "does not fit the data" in output
 
 
 def test_afhq_foreign_generator(tmp_path):
