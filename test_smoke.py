@@ -42,14 +42,19 @@ RUNS = {
 
 # ------------------------------------------------------------------------------------------------ helpers
 
-def run(script, *options, cwd, code=0, prelude=None, folder=HERE):
-    """Run a script as a user does, from the folder cwd -> its output.  prelude: Python to run first in the process."""
-    path = os.path.join(folder, script)
-    command = [sys.executable, path, *map(str, options)]
-    if prelude:
-        head = f"import sys, runpy; sys.path.insert(0, {str(folder)!r}); sys.argv = {command[1:]!r}"
-        command = [sys.executable, "-c", "\n".join([head, prelude, f"runpy.run_path({path!r}, run_name='__main__')"])]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=150)
+def command(script, *options, prelude="", folder=HERE):
+    """A script's command line for subprocess.  prelude: Python to run first in the process."""
+    argv = [os.path.join(folder, script), *map(str, options)]
+    if not prelude:
+        return [sys.executable, *argv]
+    head = f"import sys, runpy; sys.path.insert(0, {str(folder)!r}); sys.argv = {argv!r}"
+    return [sys.executable, "-c", f"{head}\n{prelude}\nrunpy.run_path(sys.argv[0], run_name='__main__')"]
+
+
+def run(script, *options, cwd, code=0, folder=HERE):
+    """Run a script as a user does, from the folder cwd -> its output."""
+    argv = command(script, *options, folder=folder)
+    done = subprocess.run(argv, cwd=cwd, capture_output=True, text=True, timeout=150)
     assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     assert "Traceback" not in done.stderr, done.stderr
     return done.stdout + done.stderr
