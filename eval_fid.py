@@ -10,34 +10,29 @@
     python eval_fid.py A [B] --save A.npz    writes the statistics of A as well, or only them
 
 The first run downloads the weights, 91 MiB, into torch's hub folder; --weights FILE takes a copy fetched elsewhere.
-An image is 11.4 GFLOP: 2 to 3 images/s on one CPU core, 1.6 GiB.
-Few images make the FID too large, by tr S / n in the mean term and more in the rest: compare FIDs of equal n only.
+An image is 11.4 GFLOP: 2 to 3 images/s on one CPU core, 1.6 GiB.  Few images make the FID too large: compare at equal n.
 """
 import common  # before the imports that take seconds: with it, Ctrl-C ends them without a traceback
-
 import argparse
 import hashlib
-import io
 import math
 import os
 import sys
 import time
 import urllib.request
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
+from torch.nn import AvgPool2d, MaxPool2d
+from torch.nn.functional import interpolate
 from torchvision.models import inception
 from torchvision.transforms.functional import to_tensor
 
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 SHA256 = "6726825d"      # the first digits of the file's
 SIDE = 299               # pixels, the image size that the network was trained on
-RESIZE = f"bilinear to {SIDE}x{SIDE} without antialiasing"
-LAYER = "pool3 of the FID Inception 2015-12-05"
 DIM = 2048               # features
 ENDINGS = (".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -45,7 +40,6 @@ MAX_PIXELS = 50_000_000  # of one image: a file of kilobytes can unpack to gigab
 BATCH = 32               # images
 AHEAD = 64               # images read while the network works on a batch
 LOG_EVERY = 10.0         # seconds
-
 Image.MAX_IMAGE_PIXELS = None  # PIL's bound only warns at first; MAX_PIXELS is lower and refuses
 
 
@@ -63,11 +57,10 @@ def change_pooling(block, pool):
 def build_network():
     """(B, 3, 299, 299) in [-1, 1] -> class scores (B, 1008), or features (B, 2048) once its fc is Identity()."""
     net = inception.Inception3(1008, aux_logits=False, init_weights=False).eval()
-    mean_pool = torch.nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
-    max_pool = torch.nn.MaxPool2d(3, stride=1, padding=1)
+    mean_pool = AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
     for name, block in net.named_children():
         if hasattr(block, "branch_pool"):
-            change_pooling(block, max_pool if name == "Mixed_7c" else mean_pool)
+            change_pooling(block, MaxPool2d(3, stride=1, padding=1) if name == "Mixed_7c" else mean_pool)
     return net
 
 
@@ -77,51 +70,45 @@ def download(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with urllib.request.urlopen(URL, timeout=20) as reply:  # seconds of silence
             content = reply.read()
-        if not hashlib.sha256(content).hexdigest().startswith(SHA256):
-            raise OSError("its SHA-256 is wrong")
-        problem = common.write_aside(path, lambda file: file.write(content))
-        if problem:
-            raise OSError(problem)
-    except Exception as error:  # no network, no space, no permission, cut short: each has its own
-        common.fail(f"cannot download the Inception weights ({error}): fetch {URL} elsewhere, "
-                    "and name the file with --weights")
+        altered = not hashlib.sha256(content).hexdigest().startswith(SHA256)
+        problem = "its SHA-256 is wrong" if altered else common.write_aside(path, lambda file: file.write(content))
+    except Exception as error:  # no network, no permission, cut short: each has its own
+        problem = error
+    if problem:
+        common.fail(f"cannot download the Inception weights ({problem}): fetch {URL}, and name the file with --weights")
 
 
 def load_network(weights, device):
     """-> the network from images (B, 3, 299, 299) in [-1, 1] to features (B, 2048), and the name of these features.
     weights: a file to use in place of the published one, or None."""
     path = weights or os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(URL))
-    if weights and not os.path.isfile(path):  # to open a named pipe would be to wait for its writer
-        common.fail(f"--weights {path} is not a file: leave it out to download the weights, or name it")
-    if not os.path.exists(path):
+    if not os.path.exists(path) and not weights:
         download(path)
+    if not os.path.isfile(path):  # to open a named pipe would be to wait for its writer
+        common.fail(f"--weights {path} is no file: leave it out to download the weights")
     try:
         with open(path, "rb") as file:
-            content = file.read()
-        sha = hashlib.sha256(content).hexdigest()[:len(SHA256)]
-        if sha != SHA256 and not weights:
-            raise ValueError("altered")
-        net = build_network()
-        net.load_state_dict(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
+            sha = hashlib.sha256(file.read()).hexdigest()[:len(SHA256)]
+            if sha != SHA256 and not weights:
+                raise ValueError
+            file.seek(0)
+            net = build_network()
+            net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
     except Exception:  # altered, cut short, foreign pickle, another network, no permission
-        common.fail(f"{path} cannot be read as the FID Inception weights: replace it by {URL}, "
-                    "or delete it to download them")
+        common.fail(f"{path} cannot be read as the FID Inception weights: delete it to download them, or get {URL}")
     if sha != SHA256:
-        print(f"warning: {path} is not the published file (its SHA-256 begins {sha}, not {SHA256}): "
-              "what follows is no FID")
+        print(f"warning: {path} is not the published file (SHA-256 {sha}, not {SHA256}): what follows is no FID")
     net.fc = torch.nn.Identity()
     layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format  # 1.5 times as fast on a CPU
-    return net.to(device, memory_format=layout), f"{LAYER}, weights {sha}"
+    return net.to(device, memory_format=layout), f"pool3 of the FID Inception 2015-12-05, weights {sha}"
 
 
 # ---------------------------------------------------------------------------------------------- images
-# A set of images is {"items": names of files (list) or pixels (tensor), "read": item -> image (3, H, W) in [0, 1], or in
-# words what is wrong with it}.
+# A set of images is {"items": file names or pixels, "read": item -> (3, H, W) in [0, 1] or words on what is wrong}.
 
 def report(problems, path, skip):
     if problems and not skip:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        common.fail(f"{path} has unusable images, {', '.join(problems[:5])}{more}: "
+        common.fail(f"{path} has {len(problems)} unusable, {', '.join(problems[:5])}{' ...' * (len(problems) > 5)}: "
                     "mend or remove them, or leave them out with --skip-broken")
     for problem in problems:
         print(f"skipped in {path}: {problem}")
@@ -129,8 +116,7 @@ def report(problems, path, skip):
 
 def check_count(path, n):
     if n < 2:
-        common.fail(f"{path} has {n} usable image{'s' * (n != 1)}: "
-                    "a covariance takes at least two, name a larger set")
+        common.fail(f"{path} has {n} usable images of its own: a covariance takes at least two, name a larger set")
 
 
 def open_folder(path, skip):
@@ -149,13 +135,9 @@ def open_folder(path, skip):
             return f"{name} ({error})"
 
     names = sorted(name for name in os.listdir(path) if name.lower().endswith(ENDINGS) and not name.startswith("."))
-    if not names:
-        common.fail(f"{path} has no images of its own ({' '.join(ENDINGS)}; subfolders are not searched): "
-                    "name a folder that has")
-    with ThreadPoolExecutor(8) as pool:  # the headers show most problems now, rather than in an hour
-        problems = list(pool.map(lambda name: read(name, only_header=True), names))
-    report([problem for problem in problems if problem], path, skip)
-    names = [name for name, problem in zip(names, problems) if not problem]
+    problems = {name: read(name, only_header=True) for name in names}  # most show now, not in an hour
+    report(list(filter(None, problems.values())), path, skip)
+    names = [name for name in names if not problems[name]]
     check_count(path, len(names))
     return {"items": names, "read": read}
 
@@ -173,40 +155,35 @@ def open_pt(path, file):
     shape = tuple(images.shape) if isinstance(images, torch.Tensor) else ()
     if len(shape) not in (4, 5) or shape[-3] not in (1, 3) or not images.numel():
         refuse(shape or "no y")
-    if math.prod(shape[-2:]) > MAX_PIXELS:
-        refuse(f"{shape}, images over {MAX_PIXELS} pixels")
     if images.dtype not in DTYPES or images.layout is not torch.strided or images.device.type != "cpu":
         refuse(f"{images.dtype} pixels, {images.layout}, device {images.device}")
     images = images.flatten(0, -4)
-    check_count(path, len(images))
     if images.dtype != torch.uint8:
         low, high = (bound.item() for bound in images.aminmax())
         if not -2 < low < 0 < high < 2:  # a sampler may overshoot, but [0, 1] is another convention; nan fails too
             refuse(f"pixels from {low:g} to {high:g}")
+    check_count(path, len(images))
 
     def read(image):
-        if image.dtype != torch.uint8:
-            image = ((image.float() + 1) * 127.5).clamp(0, 255).round()
-        return image.expand(3, -1, -1) / 255
+        levels = image if image.dtype == torch.uint8 else ((image.float() + 1) * 127.5).clamp(0, 255).round()
+        return levels.expand(3, -1, -1) / 255
 
     return {"items": images, "read": read}
 
 
 def batches(items, read):
-    """The set in parts of BATCH: what is wrong with some images, and the others as (<= BATCH, 3, 299, 299) in [-1, 1].
+    """In parts of BATCH: what is wrong with some images, and the others as (<= BATCH, 3, 299, 299) in [-1, 1].
     Threads prepare the next ones while the network works."""
     def prepare(item):
         image = read(item)
-        if isinstance(image, str):
-            return image
-        return 2 * F.interpolate(image[None], (SIDE, SIDE), mode="bilinear", align_corners=False) - 1
+        return image if isinstance(image, str) else 2 * interpolate(image[None], (SIDE, SIDE), mode="bilinear") - 1
 
     torch.get_num_threads()  # fixes the number of this thread, which the initializer would lower as well
     with ThreadPoolExecutor(8, initializer=torch.set_num_threads, initargs=(1,)) as readers:
-        waiting = deque(readers.submit(prepare, item) for item in items[:AHEAD])
+        waiting = [readers.submit(prepare, item) for item in items[:AHEAD]]
         for first in range(0, len(items), BATCH):
-            waiting.extend(readers.submit(prepare, item) for item in items[first + AHEAD:first + AHEAD + BATCH])
-            prepared = [waiting.popleft().result() for _ in items[first:first + BATCH]]
+            waiting += [readers.submit(prepare, item) for item in items[first + AHEAD:first + AHEAD + BATCH]]
+            prepared = [waiting.pop(0).result() for _ in items[first:first + BATCH]]
             images = [p for p in prepared if not isinstance(p, str)]
             yield [p for p in prepared if isinstance(p, str)], torch.cat([torch.empty(0, 3, SIDE, SIDE)] + images)
 
@@ -222,8 +199,7 @@ def features(net, path, items, read, skip, device, later=0):
         done += len(problems) + len(images)
         now = time.perf_counter()
         if done == len(items) or len(rows) == 1 or now - shown_time > LOG_EVERY:
-            shown_time = now
-            rate = done / (now - start_time)
+            shown_time, rate = now, done / (now - start_time)
             print(f"{path}  {done}/{len(items)} images  {rate:.1f} images/s  {common.peak_mib(device):.0f} MiB  "
                   f"{common.clock((len(items) - done + later) / rate)} left")
     x = torch.cat(rows)
@@ -239,8 +215,7 @@ def features(net, path, items, read, skip, device, later=0):
 def statistics(x):
     """Mean and covariance (over n - 1) of features (n, D)."""
     mu = x.mean(0, dtype=torch.float64)
-    squares = sum(d.T @ d for d in (part - mu for part in x.split(4096)))
-    return {"mu": mu, "sigma": squares / (len(x) - 1), "n": len(x)}
+    return {"mu": mu, "sigma": sum(d.T @ d for d in (part - mu for part in x.split(4096))) / (len(x) - 1), "n": len(x)}
 
 
 def factor(sigma):
@@ -252,10 +227,8 @@ def factor(sigma):
 
 def frechet(a, b):
     """Squared Frechet distance of the Gaussians with statistics a and b, exact where a covariance is singular too.
-
-    tr (S_a S_b)^(1/2) is the sum of the singular values of R_a^T R_b.  They are the roots of the eigenvalues of
-    R_a^T S_b R_a, but keep the digits that squaring loses: at rank 299 of 2048 the FID of a set to itself is 2e-12 by
-    singular values, -3e-5 by eigenvalues."""
+    tr (S_a S_b)^(1/2) sums the singular values of R_a^T R_b.  Those are the roots of the eigenvalues of R_a^T S_b R_a,
+    which would lose digits: at rank 299 of 2048 the FID of a set to itself is 2e-12, by eigenvalues -3e-5."""
     trace = torch.linalg.svdvals(factor(a["sigma"]).T @ factor(b["sigma"])).sum()
     value = ((a["mu"] - b["mu"]).square().sum() + a["sigma"].trace() + b["sigma"].trace() - 2 * trace).item()
     return 0.0 if value < 0 else value  # rounding; nan stays nan
@@ -264,13 +237,13 @@ def frechet(a, b):
 def open_npz(path, file):
     try:
         with np.load(file) as archive:
-            stats = {key: torch.from_numpy(archive[key].astype(np.float64)) for key in ("mu", "sigma")}
-            stats.update({key: str(archive[key]) if key in archive else "unknown" for key in ("resize", "layer")})
-            stats.update(n=float(archive["n"]) if "n" in archive else math.nan, dim=len(stats["mu"]))
-        mu, sigma = stats["mu"], stats["sigma"]
+            mu, sigma = (torch.from_numpy(archive[key].astype(np.float64)) for key in ("mu", "sigma"))
+            stats = {key: str(archive[key]) if key in archive else "unknown" for key in ("resize", "layer")}
+            stats.update(mu=mu, sigma=sigma, dim=len(mu), n=float(archive["n"]) if "n" in archive else math.nan)
         tolerance = 1e-4 * sigma.diagonal().abs().max() + 1e-300  # a float32 file is not quite symmetric or positive
-        if sigma.shape != mu.shape * 2 or not mu.isfinite().all() or not (sigma - sigma.T).abs().max() <= tolerance:
-            raise ValueError  # nan too
+        size = mu.square().sum() + sigma.square().sum()  # numbers that overflow here have no FID
+        if sigma.shape != mu.shape * 2 or not size.isfinite() or (sigma - sigma.T).abs().max() > tolerance:
+            raise ValueError
         torch.linalg.cholesky(sigma + tolerance * torch.eye(len(mu)))
     except Exception:  # foreign archive, pickle inside, cut short, no covariance: each has its own
         common.fail(f"{path} does not hold a mean mu (D,) and a covariance sigma (D, D): make it with --save")
@@ -278,8 +251,8 @@ def open_npz(path, file):
 
 
 def save_npz(path, stats):
-    arrays = {key: stats[key] for key in ("mu", "sigma", "n", "resize", "layer")}
-    problem = common.write_aside(path, lambda file: np.savez(file, **arrays))
+    kept = {key: stats[key] for key in ("mu", "sigma", "n", "resize", "layer")}
+    problem = common.write_aside(path, lambda file: np.savez(file, **kept))
     if problem:
         common.fail(f"--save: {problem}: free some space or name another file")
     print(f"wrote {path}")
@@ -312,14 +285,11 @@ def arguments():
     args.device = common.pick_device(args.device)
     if len(args.paths) != 2 and not (len(args.paths) == 1 and args.save):
         common.fail("name two sets A and B, or one and --save FILE.npz (-h lists the options)")
-    if args.save:  # else known in an hour
-        folder, aside = os.path.dirname(os.path.abspath(args.save)), f"{args.save}.tmp"
-        for problem, is_so in (("does not end in .npz", not args.save.endswith(".npz")),
-                               ("exists", os.path.lexists(args.save)),
-                               ("is not in a folder you can write to", not os.access(folder, os.W_OK)),
-                               ("has beside it a .tmp that is no file", os.path.exists(aside) and not os.path.isfile(aside))):
-            if is_so:
-                common.fail(f"--save {args.save} {problem}: name another file")
+    if args.save:  # problems that would else show in an hour
+        writable = os.access(os.path.dirname(os.path.abspath(args.save)), os.W_OK)
+        if not writable or not args.save.endswith(".npz") or any(map(os.path.lexists, (args.save, f"{args.save}.tmp"))):
+            common.fail(f"--save {args.save} should end in .npz, be in a folder you can write to, and not exist yet "
+                        "(nor with .tmp behind): name another file")
     return args
 
 
@@ -328,34 +298,32 @@ def main():
     sys.stdout, sys.stderr = common.Console(sys.stdout), common.Console(sys.stderr)
     args = arguments()
     torch.backends.cudnn.allow_tf32 = False  # TF32 would move the features by 1e-3
-    torch.backends.cudnn.benchmark = True
     sets = [open_set(path, args.skip_broken) for path in args.paths]
     counts = [len(s.get("items", ())) for s in sets]
     if any(counts):
         net, layer = load_network(args.weights, args.device)
-        sets = [{"dim": DIM, "resize": RESIZE, "layer": layer, **s} for s in sets]
+        resize = f"bilinear to {SIDE}x{SIDE} without antialiasing"
+        sets = [{"dim": DIM, "resize": resize, "layer": layer, **s} for s in sets]
     for key in ("dim", "resize", "layer"):
-        a, b = sets[0][key], sets[-1][key]
-        if a != b and "unknown" not in (a, b):
-            common.fail(f"A and B differ in {key} ({a}, {b}), and have no distance: make both with this script")
-
+        found = {s[key] for s in sets} - {"unknown"}
+        if len(found) > 1:
+            common.fail(f"A and B differ in {key} {found}, and have no distance: make both with this script")
     for k, (path, s) in enumerate(zip(args.paths, sets)):
         if counts[k]:
-            later = sum(counts[k + 1:])
-            s.update(statistics(features(net, path, s["items"], s["read"], args.skip_broken, args.device, later)))
+            x = features(net, path, s["items"], s["read"], args.skip_broken, args.device, later=sum(counts[k + 1:]))
+            s.update(statistics(x))
         n = s["n"]
         print(f"{'AB'[k]} {path}: n {n:.0f}  resize {s['resize']}  features {s['layer']}, {s['dim']}-d")
         if not n >= DIM:  # nan too
-            print(f"warning: n is {'unknown' if math.isnan(n) else f'below {DIM}'}: few images make the FID too large, "
-                  f"here by about tr S / n = {s['sigma'].trace() / n:.3g} in |m_a - m_b|^2 and by more in the rest; "
-                  "compare it only with FIDs of equal n")
+            print(f"warning: n is {'unknown' if math.isnan(n) else f'below {DIM}'}: the FID is too large, by tr S / n = "
+                  f"{s['sigma'].trace() / n:.3g} in |m_a - m_b|^2 and by more in the rest; compare at equal n only")
         if k == 0 and args.save:
             save_npz(args.save, s)
     fid = frechet(*sets) if len(sets) == 2 else 0.0
     if not math.isfinite(fid):
         common.fail("the FID is not finite: A or B has statistics that are too large, make them again with --save")
-    numbers = "".join(f" n_{'ab'[k]} {s['n']:.0f}" for k, s in enumerate(sets))
-    print(f"final{f' fid {fid:.6g}' if len(sets) == 2 else ''}{numbers} total_s {time.perf_counter() - start_time:.1f}")
+    numbers = [f"fid {fid:.6g}"] * (len(sets) == 2) + [f"n_{'ab'[k]} {s['n']:.0f}" for k, s in enumerate(sets)]
+    print(f"final {' '.join(numbers)} total_s {time.perf_counter() - start_time:.1f}")
 
 
 if __name__ == "__main__":
