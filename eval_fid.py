@@ -10,7 +10,7 @@
     python eval_fid.py A [B] --save A.npz    writes the statistics of A as well, or only them
 
 The first run downloads the weights, 91 MiB, into torch's hub folder; --weights FILE takes a copy fetched elsewhere.
-An image is 11.4 GFLOP: 2 to 3 images/s on one CPU core, 1.6 GiB.  Few images make the FID too large: compare at equal n.
+An image is 11.4 GFLOP: 2 to 3 images/s on one CPU core, 1.6 GiB.  Few images make the FID too large: compare equal n.
 """
 import common  # before the imports that take seconds: with it, Ctrl-C ends them without a traceback
 import argparse
@@ -315,8 +315,8 @@ def main():
         n = s["n"]
         print(f"{'AB'[k]} {path}: n {n:.0f}  resize {s['resize']}  features {s['layer']}, {s['dim']}-d")
         if not n >= DIM:  # nan too
-            print(f"warning: n is {'unknown' if math.isnan(n) else f'below {DIM}'}: the FID is too large, by tr S / n = "
-                  f"{s['sigma'].trace() / n:.3g} in |m_a - m_b|^2 and by more in the rest; compare at equal n only")
+            print(f"warning: n is {'unknown' if math.isnan(n) else f'below {DIM}'}: the FID is too large, by tr S / n "
+                  f"= {s['sigma'].trace() / n:.3g} in |m_a - m_b|^2 and by more in the rest; compare at equal n only")
         if k == 0 and args.save:
             save_npz(args.save, s)
     fid = frechet(*sets) if len(sets) == 2 else 0.0
