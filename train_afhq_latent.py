@@ -2,10 +2,9 @@
 
     source x    photographs, their central square averaged down to SIDE x SIDE, in [0,1]
     target z    N(0, I_512), latents of the StyleGAN2-ADA generator G; there is no encoder
-    cost        c(x,z) = AREA |G(z) - x|^2/2 over pixels and colours at SIDE; AREA = (512/SIDE)^2, so that eps means the
-                same at every SIDE
-    f(z)        = scale net(sqrt(512) z/|z|) - eps |z|^2/2: the plan is pi_f(z|x) ~ N(z; 0, I) exp((scale net - c)/eps),
-                a probability law from the start.  G sees only the direction of z, so net needs no more
+    cost        c(x,z) = AREA |G(z) - x|^2/2 at SIDE; AREA = (512/SIDE)^2, so that eps means the same at every SIDE
+    f(z)        scale net(sqrt(512) z/|z|) - eps |z|^2/2, so that pi_f(z|x) ~ N(z; 0, I) exp((scale net - c)/eps) is a
+                probability law from the start; G sees only the direction of z, and net needs no more
     ascend      E_Q f(z) - E_P E_{pi_f(.|x)} f(z)              Algorithm 1 of Mokrov et al., ICLR 2024
 
     python train_afhq_latent.py --source cat --data afhq --generator afhqdog.pkl     a night on a GTX 1080 Ti
@@ -14,10 +13,8 @@
     python train_afhq_latent.py --smoke      the same path in seconds
 
 --data: AFHQ as the stargan-v2 project released it (v1: train/cat/*.jpg, val/cat/...; v2: test/cat/...), or any folder
-of images, of which every tenth is then held out.  They are decoded once, to a cache of bytes beside them.
---generator: afhqdog.pkl of NVIDIA's StyleGAN2-ADA-PyTorch release, folder "pretrained".
---translate DIR: write the held-out images' translations there, at full size, for eval_fid.py (later: with --resume).
-
+of images, of which every tenth is then held out.  --generator: afhqdog.pkl of NVIDIA's StyleGAN2-ADA-PyTorch release,
+folder "pretrained".  --translate DIR also writes the held-out images' translations, at full size, for eval_fid.py.
 Writes beside itself (or under --out) afhq_cat_eps1_seed0.pt, which --resume carries on from, and the figure (.png).
 
 Not yet run on the official files.  By count a step is 19.7 TFLOP: 8 000 steps and the scores take 10.8 h at 4.4 TFLOP/s
@@ -26,11 +23,12 @@ each, at 512x512, or 2 700 Langevin steps per source.  Here a source gets some 2
 with its colours matched.  In return chains start from a discrete plan instead of noise, Metropolis' test allows longer
 steps, and chains jump between latents whose images are kept.
 
-    latent_var, latent_square, latent_ks    of the translations of held-out images; 1, 1 and exact_ks if they are N(0, I)
-    cost                                    of these translations
-    discrete_cost, assigned_cost            of POT's entropic plan, and of the cheapest pairing, between the same images
-                                            and as many latents
-    zero_...                                the same with nothing learned, net = 0 (--check)
+The scores, of translations of the held-out images:
+    cost               mean c; independent_cost: with latents drawn regardless of x
+    latent_...         var, square and ks: 1, 1 and exact_ks if the latents are N(0, I)
+    discrete_cost      mean c of POT's entropic plan between the same images and as many latents
+    assigned_cost      mean c of the cheapest pairing of these
+    zero_...           the same scores with nothing learned, net = 0 (--check, --smoke)
 """
 import common  # first, so that Ctrl-C during the slow imports below ends without a traceback
 
@@ -76,8 +74,7 @@ STEPS = 8000             # Adam steps
 BATCH = 32               # chains moved per step
 N_LANGEVIN = 4           # Langevin steps of a chain per training step; starting them costs one more evaluation of G
 ETA, ACCEPT = 6e-5, 0.6  # first Langevin step (the paper's), and the accepted fraction it is then led to
-POOL = 2048              # latents whose images are kept, for jumps
-CANDIDATES = 512         # of them, from which the chains of one training step choose
+POOL, CANDIDATES = 2048, 512  # latents whose images are kept, and how many of them a training step offers for jumps
 RESTART = 0.05           # share of the chains per step that must jump: f still gets samples where chains freeze
 WIDTH, DEPTH = 512, 3    # of net
 SCALE = 0.05             # of net, over the spread between latents of their mean cost: what net has to make up for
@@ -102,7 +99,7 @@ name = f"afhq_{'check' if args.check else args.source}_eps{EPS:g}_seed{SEED}" + 
 name = os.path.join(args.out, name)
 
 
-# ---------------------------------------------------------------------------------------------- files
+# ---------------------------------------------------------------------------------------------- files written
 
 def make_folder(path):
     try:
@@ -113,17 +110,13 @@ def make_folder(path):
 
 def write_png(path, image, advice):
     """Write an image (3, H, W), about [0,1]; where that fails, end the run."""
-    pixels = (255 * image).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
-    problem = common.write_aside(path, lambda file: Image.fromarray(pixels).save(file, "png"))
+    data = (255 * image).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+    problem = common.write_aside(path, lambda file: Image.fromarray(data).save(file, "png"))
     if problem:
         common.fail(f"{problem}: {advice}")
 
 
-def digest(*values):
-    return hashlib.sha256(repr(values).encode()).hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------- --check and --smoke only
+# ---------------------------------------------------------------------------------------------- generator and sources of --check, --smoke
 
 def made_up_generator():
     """Random weights, 32 dimensions, 32x32, pixels 0.5 +- 0.16."""
@@ -134,20 +127,16 @@ def made_up_generator():
     return G
 
 
-def hidden_latents(n, generator):
-    """Latents of the made-up sources, Gaussian, shifted by about 0.8 and scaled by 0.5 to 2 along every axis: (n, 32)."""
-    shift = 0.8 * torch.randn(32, generator=generator)
-    return torch.randn(n, 32, generator=generator) * torch.linspace(-0.7, 0.7, 32).exp() + shift
-
-
 @torch.no_grad()
 def make_up(folder, G):
-    """Write G(z) + noise, for hidden latents z, as PNG files in the official layout: train/cat, val/cat."""
+    """Write G(z) + noise as PNG files in AFHQ's layout.  z is Gaussian, but shifted by about 0.8 and scaled by 0.5 to 2."""
+    generator = torch.Generator().manual_seed(0)
+    shift = 0.8 * torch.randn(32, generator=generator)
+    z = torch.randn(HIDDEN + HELD_OUT, 32, generator=generator) * torch.linspace(-0.7, 0.7, 32).exp() + shift
     for split in ("train", "val"):
         make_folder(os.path.join(folder, split, args.source))
-    generator = torch.Generator().manual_seed(0)
-    for i, z in enumerate(hidden_latents(HIDDEN + HELD_OUT, generator).split(256)):
-        x = (G(z) + 1) / 2
+    for i, part in enumerate(z.split(256)):
+        x = (G(part) + 1) / 2
         for k, image in enumerate(x + NOISE * torch.randn(x.shape, generator=generator), 256 * i):
             path = os.path.join(folder, "train" if k < HIDDEN else "val", args.source, f"{k:05d}.png")
             write_png(path, image, "free some space or name another --out")
@@ -180,37 +169,32 @@ def full_images(z):
 
 # ---------------------------------------------------------------------------------------------- photographs
 
-def images_in(folder):
-    """Every image file under folder, sorted.  A broken link or a pipe is none: to open a pipe would wait for ever."""
+def images_in(*folders):
+    """Every image file under args.data/folders, sorted.  Pipes and broken links are none: opening a pipe can hang."""
     endings = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-    paths = [os.path.join(at, file) for at, _, files in os.walk(folder) for file in files]
+    walk = os.walk(os.path.join(args.data, *folders))
+    paths = [os.path.join(folder, file) for folder, _, files in walk for file in files]
     return sorted(path for path in paths if path.lower().endswith(endings) and os.path.isfile(path))
 
 
 def list_images():
     """-> files of the sources, files held out."""
-    in_train = os.path.join(args.data, "train")
-    advice = (f"unpack AFHQ (stargan-v2 project) so that {os.path.join(in_train, args.source)} exists, "
-              f"or name any folder of images with --data")
-    if not os.path.isdir(args.data):
-        common.fail(f"no folder {args.data}: {advice}")
-    if not os.path.isdir(in_train):
-        train, held_out = images_in(args.data), []
-    elif os.path.isdir(os.path.join(in_train, args.source)):
-        train, val, test = (images_in(os.path.join(args.data, split, args.source)) for split in ("train", "val", "test"))
+    if os.path.isdir(os.path.join(args.data, "train")):
+        train, val, test = (images_in(split, args.source) for split in ("train", "val", "test"))
         held_out = val or test
     else:
-        there = ", ".join(sorted(os.listdir(in_train))[:9])
-        common.fail(f"{in_train} has no folder {args.source}, only {there}: name one of them with --source")
+        train, held_out = images_in(), []
     if not held_out:
         train, held_out = [path for i, path in enumerate(train) if i % 10], train[::10]
     if len(train) < 2:
-        common.fail(f"{args.data} holds {len(train) + len(held_out)} images of {args.source}, too few: {advice}")
+        wanted = os.path.join(args.data, "train", args.source)
+        common.fail(f"{args.data} holds {len(train) + len(held_out)} images of {args.source}, too few: unpack AFHQ "
+                    f"(stargan-v2 project) so that {wanted} exists, or name another --source, or any folder with --data")
     return train, held_out
 
 
 def decode(path):
-    """The central square, averaged down: SIDE x SIDE x 3 bytes."""
+    """The central square, averaged down: bytes (SIDE, SIDE, 3)."""
     try:
         with Image.open(path) as image:  # reads the header only
             w, h = image.size
@@ -221,56 +205,23 @@ def decode(path):
             image = image.convert("RGB")
         s = min(w, h)
         box = ((w - s) // 2, (h - s) // 2, (w - s) // 2 + s, (h - s) // 2 + s)
-        return image.resize((SIDE, SIDE), Image.Resampling.BOX, box).tobytes()
+        return np.array(image.resize((SIDE, SIDE), Image.Resampling.BOX, box))
     except Exception as error:  # PIL has one for each way to be broken
         reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
         raise ValueError(f"{path} is not a usable image ({reason}): replace or delete it") from None
 
 
-def decoded(files):
-    """All images as bytes (n, SIDE, SIDE, 3), from a cache beside the data (or in --out) that is never wholly in memory.
-
-    The cache begins with a digest of the files' names, sizes and times; where that does not fit, it is made anew."""
-    stats = [(os.path.relpath(path, args.data), os.path.getsize(path), os.stat(path).st_mtime_ns) for path in files]
-    CONSTANTS["IMAGES"] = digest([s[:2] for s in stats])[:16]  # without times: a copy of the data has others
-    head, size = digest(SIDE, stats).encode(), len(files) * SIDE * SIDE * 3
-    folder = next((d for d in (args.data, args.out) if os.access(d, os.W_OK)), args.out)
-    path, start = os.path.join(folder, f"{args.source}_{SIDE}.cache"), time.perf_counter()
-
-    def write(file):
-        file.write(head)
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-            for i in range(0, len(files), 1024):
-                for pixels in threads.map(decode, files[i:i + 1024]):
-                    file.write(pixels)
-                done = min(i + 1024, len(files))
-                left = (time.perf_counter() - start) / done * (len(files) - done)
-                print(f"decoded {done}/{len(files)} images  {common.clock(left)} left")
-
-    try:
-        with open(path, "rb") as file:
-            fits = file.read(len(head)) == head and os.path.getsize(path) == len(head) + size
-        print(f"{'using' if fits else 'does not fit the data, making anew'} {path}")
-    except OSError:
-        fits = False
-    if not fits:
-        common.lock(path)  # of two runs that start at once, one would see the other's half
-        try:
-            problem = common.write_aside(path, write)
-        except ValueError as error:  # of decode
-            common.fail(str(error))
-        finally:  # after an unusable image or Ctrl-C too
-            if os.path.isfile(f"{path}.tmp"):
-                os.remove(f"{path}.tmp")
-        if problem:
-            common.fail(f"{problem}: free some space")
-    return np.memmap(path, np.uint8, "r", len(head), (len(files), SIDE, SIDE, 3))
-
-
 train, held_out = list_images()
 if args.translate:
     make_folder(args.translate)
-cache = decoded(train + held_out)
+print(f"decoding {len(train)} sources and {len(held_out)} held-out images")
+with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+    try:
+        pixels = torch.from_numpy(np.stack(list(threads.map(decode, train + held_out))))  # (n, SIDE, SIDE, 3)
+    except ValueError as error:
+        common.fail(str(error))
+described = [(os.path.relpath(path, args.data), os.path.getsize(path)) for path in train + held_out]
+CONSTANTS["IMAGES"] = hashlib.sha256(repr(described).encode()).hexdigest()[:16]
 
 
 # ---------------------------------------------------------------------------------------------- cost
@@ -297,8 +248,8 @@ def images(z):
 
 
 def photographs(rows):
-    """Row numbers of the cache -> images (n, 3 SIDE SIDE), in [0,1] less pool_mean."""
-    x = torch.from_numpy(cache[rows.cpu().numpy()]).to(device)
+    """Row numbers of pixels -> images (n, 3 SIDE SIDE), in [0,1] less pool_mean."""
+    x = pixels[rows.cpu()].to(device)
     return x.permute(0, 3, 1, 2).flatten(1).float() / 255 - pool_mean
 
 
@@ -365,11 +316,10 @@ def step_chains(f, x, z, candidates, leave=0.0):
 
 def translate(f, rows):
     """z ~ pi_f(.|x) for the photographs in these rows, by chains that start in the pool: (n, D)."""
-    out, everything, shown_time = [], torch.arange(POOL, device=device), time.perf_counter()
-    for done, part in enumerate(rows.split(BATCH)):
-        if time.perf_counter() - shown_time > 30:
-            print(f"translated {done * BATCH}/{len(rows)}  {common.peak_mib(device):.0f} MiB")
-            shown_time = time.perf_counter()
+    out, everything = [], torch.arange(POOL, device=device)
+    for i, part in enumerate(rows.split(BATCH)):
+        if i % 8 == 7:
+            print(f"translated {i * BATCH}/{len(rows)}  {common.peak_mib(device):.0f} MiB")
         x = photographs(part)
         nowhere, never = torch.zeros(len(x), D, device=device), torch.full((len(x),), -torch.inf, device=device)
         z, _ = jump(f, x, nowhere, never, everything)
@@ -379,7 +329,7 @@ def translate(f, rows):
     return torch.cat(out)
 
 
-# ---------------------------------------------------------------------------------------------- discrete OT, normality
+# ---------------------------------------------------------------------------------------------- scores
 
 def assigned(cost_matrix):
     """The pairing of least total cost: row i gets column [i] of this."""
@@ -387,7 +337,7 @@ def assigned(cost_matrix):
 
 
 def discrete_plan_cost(cost_matrix):
-    """Cost of the discrete entropic plan at EPS (POT, eps halved down from the largest cost), its marginal error, L1."""
+    """Cost of the discrete entropic plan at EPS (POT, eps halved down to it), and its marginal error, L1."""
     weight = torch.full((len(cost_matrix),), 1 / len(cost_matrix), dtype=torch.float64)
     warm, eps = None, cost_matrix.max().item()
     while True:
@@ -408,31 +358,26 @@ def normality_stats(z):
     return {"var": z.var(0).mean(), "square": z.square().mean(), "ks": ks}
 
 
-# ---------------------------------------------------------------------------------------------- training
+@torch.no_grad()
+def mean_cost(rows, z):
+    pairs = zip(rows.split(BATCH), z.split(BATCH))
+    return (sum(cost(photographs(r), part).sum() for r, part in pairs) / len(z)).item()
 
-per_step = 2 * G.flops(SIDE) * BATCH * (N_LANGEVIN + 1)
-print(f"{len(train)} sources, {len(held_out)} held out; {per_step / 1e9:.1f} GFLOP of the generator a step: "
-      f"{STEPS * per_step / 4.4e12 / 3600:.2g} h for all steps at 4.4 TFLOP/s (40 % of a GTX 1080 Ti)")
+
+# ---------------------------------------------------------------------------------------------- training
 
 some_rows = torch.arange(0, len(train), 1 + len(train) // 512)
 spread = costs(photographs(some_rows), pool_images).mean(0).std()
 f, f_avg = (Potential(SCALE * spread).to(device) for _ in range(2))
 f_avg.load_state_dict(f.state_dict())
 opt = torch.optim.Adam(f.net.parameters(), lr=LR, betas=BETAS)
-row_numbers = torch.arange(len(train))  # the chains' sources: the images themselves stay on disk
+row_numbers = torch.arange(len(train))  # the chains' sources: their images stay in pixels
 bank = common.Bank(row_numbers, torch.randn(len(train), D), eta=torch.tensor(ETA * min(EPS, 1.0))).to(device)
 
-
-def init_chains():
-    """Pair sources and chains at the least cost, POOL at a time: a discrete plan, whose latents as a whole have the
-    law Q."""
+run = common.Run(args, f"{name}.pt", {"f": f, "f_avg": f_avg, "opt": opt, "bank": bank}, STEPS, LOG_EVERY, CONSTANTS)
+if not args.resume:  # pair sources and latents at the least cost: a discrete plan, whose latents have the law Q
     for rows in bank.x.split(POOL):
         bank.y[rows] = bank.y[rows][assigned(costs(photographs(rows), in_batches(images, bank.y[rows]))).to(device)]
-
-
-run = common.Run(args, f"{name}.pt", {"f": f, "f_avg": f_avg, "opt": opt, "bank": bank}, STEPS, LOG_EVERY, CONSTANTS)
-if not args.resume:
-    init_chains()
 for step in run.steps():
     opt.param_groups[0]["lr"] = common.warm_cosine(LR, step, WARMUP, STEPS)
     rows, candidates = bank.rows(BATCH), torch.randperm(POOL, device=device)[:CANDIDATES]
@@ -446,13 +391,7 @@ for step in run.steps():
                 eta=bank.eta, accept=accepted, jump=jumped, max_param=common.max_param(f.net))
 
 
-# ---------------------------------------------------------------------------------------------- scores
-
-@torch.no_grad()
-def mean_cost(rows, z):
-    pairs = zip(rows.split(BATCH), z.split(BATCH))
-    return (sum(cost(photographs(r), part).sum() for r, part in pairs) / len(z)).item()
-
+# ---------------------------------------------------------------------------------------------- results
 
 test_rows = torch.arange(len(train), len(train) + len(held_out)).repeat_interleave(PER_IMAGE)
 translations = translate(f_avg, test_rows)
@@ -475,21 +414,16 @@ if made_up:  # the same sampler with nothing learned
     scores["zero_cost"] = mean_cost(test_rows, untrained)
     scores |= {f"zero_{k}": v.item() for k, v in normality_stats(untrained).items()}
 
-# ---------------------------------------------------------------------------------------------- figure and translations
-
 shown = test_rows.unique()[::math.ceil(len(held_out) / 6)]
 tiles = full_images(translate(f_avg, shown.repeat_interleave(5))).unflatten(0, (len(shown), 5))
 sources = (photographs(shown) + pool_mean).cpu().unflatten(1, (3, SIDE, SIDE))
-tiles = torch.cat([F.interpolate(sources, size=tiles.shape[-2:])[:, None], tiles], 1).clamp(0, 1)
-fig, axes = plt.subplots(2, math.ceil(len(shown) / 2), figsize=(16, 5.6), layout="constrained", squeeze=False)
-for axis in axes.flat:
-    axis.axis("off")
-for axis, six in zip(axes.flat, tiles):
-    axis.imshow(torch.cat([torch.cat(list(six[i:i + 3]), 2) for i in (0, 3)], 1).permute(1, 2, 0))
-    axis.set_title("source (top left) and translations", fontsize=9)
-fig.suptitle(f"{os.path.basename(name)}: cost {scores['cost']:.4g} (discrete plan {scores['discrete_cost']:.4g}), "
-             f"latents' variance {scores['latent_var']:.3f}, largest KS {scores['latent_ks']:.3f} "
-             f"(exact {scores['exact_ks']:.3f})")
+tiles = torch.cat([F.interpolate(sources, size=tiles.shape[-2:])[:, None], tiles], 1).clamp(0, 1)  # (6, 6, 3, R, R)
+fig, axis = plt.subplots(figsize=(9, 9.5), layout="constrained")
+axis.imshow(tiles.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1))
+axis.set_title(f"{os.path.basename(name)}: each row a source and its translations\n"
+               f"cost {scores['cost']:.4g} (discrete plan {scores['discrete_cost']:.4g}), latents' variance "
+               f"{scores['latent_var']:.3f}, largest KS {scores['latent_ks']:.3f} (exact {scores['exact_ks']:.3f})")
+axis.axis("off")
 common.save_figure(fig, f"{name}.png")
 print(f"wrote {name}.png and {name}.pt")
 
