@@ -18,10 +18,9 @@ folder "pretrained".  --translate DIR also writes the held-out images' translati
 Writes beside itself (or under --out) afhq_cat_eps1_seed0.pt, which --resume carries on from, and the figure (.png).
 
 Not yet run on the official files.  By count a step is 19.7 TFLOP: 8 000 steps and the scores take 10.8 h at 4.4 TFLOP/s
-(40 % of a GTX 1080 Ti) and 5 GB.  The paper's run took four A100s: 1 100 steps of 128 chains with 100 Langevin steps
-each, at 512x512, or 2 700 Langevin steps per source.  Here a source gets some 200, and the cost sees G stopped at SIDE,
-with its colours matched.  In return chains start from a discrete plan instead of noise, Metropolis' test allows longer
-steps, and chains jump between latents whose images are kept.
+(40 % of a GTX 1080 Ti) and 5 GB.  The paper's run took four A100s and some 2 700 Langevin steps per source, at 512x512.
+Here a source gets some 200, and the cost sees G stopped at SIDE, with its colours matched.  In return chains start from
+a discrete plan, Metropolis' test allows longer steps, and chains jump between latents whose images are kept.
 
 The scores, of translations of the held-out images:
     cost               mean c; independent_cost: with latents drawn regardless of x
@@ -45,7 +44,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import ot
 import torch
-from torch import nn
 import torch.nn.functional as F
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
@@ -63,8 +61,7 @@ args = common.arguments(
 device = args.device
 start_time = time.perf_counter()
 torch.backends.cudnn.allow_tf32 = False  # TF32 would blur the cost by more than Metropolis' test can bear
-Image.MAX_IMAGE_PIXELS = None  # PIL's bound only warns at first; MAX_PIXELS below is lower and refuses
-warnings.filterwarnings("ignore", module="PIL")  # palettes with transparency, which is dropped here
+warnings.filterwarnings("ignore", module="PIL")  # of transparency, which is dropped here, and of size, see MAX_PIXELS
 
 # ---------------------------------------------------------------------------------------------- constants
 EPS = args.eps
@@ -99,8 +96,6 @@ name = f"afhq_{'check' if args.check else args.source}_eps{EPS:g}_seed{SEED}" + 
 name = os.path.join(args.out, name)
 
 
-# ---------------------------------------------------------------------------------------------- files written
-
 def make_folder(path):
     try:
         os.makedirs(path, exist_ok=True)
@@ -116,38 +111,37 @@ def write_png(path, image, advice):
         common.fail(f"{problem}: {advice}")
 
 
-# ---------------------------------------------------------------------------------------------- generator and sources of --check, --smoke
+# ---------------------------------------------------------------------------------------------- the made-up problem
 
-def made_up_generator():
-    """Random weights, 32 dimensions, 32x32, pixels 0.5 +- 0.16."""
+@torch.no_grad()
+def make_up(folder):
+    """Only for --check and --smoke -> a generator of random weights, 32 dimensions, 32x32, pixels 0.5 +- 0.16.
+    Writes images of it, with noise, as PNG files in AFHQ's layout.  Their latents are Gaussian, but shifted by about 0.8
+    and scaled by 0.5 to 2 along every axis."""
     G = stylegan2.random_generator(32, 32, 32, channel_base=256, channel_max=16, num_layers=2, conv_clamp=None)
     for module in G.modules():
         if isinstance(module, stylegan2.ToRGB):
             module.weight.mul_(0.25)
-    return G
-
-
-@torch.no_grad()
-def make_up(folder, G):
-    """Write G(z) + noise as PNG files in AFHQ's layout.  z is Gaussian, but shifted by about 0.8 and scaled by 0.5 to 2."""
+    if args.resume and os.path.isdir(folder):
+        return G
+    for split in ("train", "val"):
+        make_folder(os.path.join(folder, split, args.source))
     generator = torch.Generator().manual_seed(0)
     shift = 0.8 * torch.randn(32, generator=generator)
     z = torch.randn(HIDDEN + HELD_OUT, 32, generator=generator) * torch.linspace(-0.7, 0.7, 32).exp() + shift
-    for split in ("train", "val"):
-        make_folder(os.path.join(folder, split, args.source))
     for i, part in enumerate(z.split(256)):
         x = (G(part) + 1) / 2
         for k, image in enumerate(x + NOISE * torch.randn(x.shape, generator=generator), 256 * i):
             path = os.path.join(folder, "train" if k < HIDDEN else "val", args.source, f"{k:05d}.png")
             write_png(path, image, "free some space or name another --out")
+    return G
 
 
 # ---------------------------------------------------------------------------------------------- generator
 
 if made_up:
-    G, args.data = made_up_generator(), f"{name}_data"
-    if not (args.resume and os.path.isdir(args.data)):
-        make_up(args.data, G)
+    args.data = f"{name}_data"
+    G = make_up(args.data)
 elif not os.path.isfile(args.generator):
     common.fail(f"no generator {args.generator}: download afhqdog.pkl of NVIDIA's StyleGAN2-ADA-PyTorch release "
                 f"(folder pretrained) to there, or name where it is with --generator")
@@ -242,9 +236,9 @@ def match_colours(n=64):
 
 
 def images(z):
-    """G(z) as the cost sees it: (B, D) -> (B, 3 SIDE SIDE), in [0,1] less pool_mean."""
-    image = G(z, resolution=SIDE, fp16=False)  # Metropolis compares costs near 10^4 to within 1
-    return (torch.einsum("oc,bohw->bchw", colours[:3], image) + colours[3, :, None, None]).flatten(1) - pool_mean
+    """G(z) as the cost sees it: (n, D) -> (n, 3 SIDE SIDE), in [0,1] less pool_mean."""
+    parts = [G(part, resolution=SIDE, fp16=False) for part in z.split(BATCH)]  # fp16 would err by more than Metropolis bears
+    return (torch.einsum("oc,bohw->bchw", colours[:3], torch.cat(parts)) + colours[3, :, None, None]).flatten(1) - pool_mean
 
 
 def photographs(rows):
@@ -264,21 +258,16 @@ def costs(x, image):
     return AREA * torch.addmm(half, x, image.T, alpha=-1)
 
 
-@torch.no_grad()
-def in_batches(function, z):
-    return torch.cat([function(part) for part in z.split(BATCH)])
-
-
 colours, pool_mean = match_colours(), 0.0
 pool = torch.randn(POOL, D, generator=torch.Generator().manual_seed(SEED)).to(device)
-pool_images = in_batches(images, pool)
+pool_images = images(pool)
 pool_mean = pool_images.mean(0)  # taken off every image from here on: less cancels in the matrix product of costs()
 pool_images -= pool_mean
 
 
 # ---------------------------------------------------------------------------------------------- potential and sampler
 
-class Potential(nn.Module):
+class Potential(torch.nn.Module):
     """f(z) = scale net(sqrt(D) z/|z|) - EPS |z|^2/2: (B, D) -> (B,)."""
 
     def __init__(self, scale):
@@ -314,9 +303,10 @@ def step_chains(f, x, z, candidates, leave=0.0):
     return *jump(f, x, z, log_p, candidates), accepted
 
 
+@torch.no_grad()
 def translate(f, rows):
-    """z ~ pi_f(.|x) for the photographs in these rows, by chains that start in the pool: (n, D)."""
-    out, everything = [], torch.arange(POOL, device=device)
+    """For the photographs in these rows, by chains that start in the pool -> z ~ pi_f(.|x) (n, D), their mean cost."""
+    out, total, everything = [], 0.0, torch.arange(POOL, device=device)
     for i, part in enumerate(rows.split(BATCH)):
         if i % 8 == 7:
             print(f"translated {i * BATCH}/{len(rows)}  {common.peak_mib(device):.0f} MiB")
@@ -326,7 +316,8 @@ def translate(f, rows):
         for _ in range(SAMPLE_STEPS):
             z, _, _ = step_chains(f, x, z, everything)
         out.append(z)
-    return torch.cat(out)
+        total += cost(x, z).sum()
+    return torch.cat(out), total.item() / len(rows)
 
 
 # ---------------------------------------------------------------------------------------------- scores
@@ -358,16 +349,9 @@ def normality_stats(z):
     return {"var": z.var(0).mean(), "square": z.square().mean(), "ks": ks}
 
 
-@torch.no_grad()
-def mean_cost(rows, z):
-    pairs = zip(rows.split(BATCH), z.split(BATCH))
-    return (sum(cost(photographs(r), part).sum() for r, part in pairs) / len(z)).item()
-
-
 # ---------------------------------------------------------------------------------------------- training
 
-some_rows = torch.arange(0, len(train), 1 + len(train) // 512)
-spread = costs(photographs(some_rows), pool_images).mean(0).std()
+spread = costs(photographs(torch.arange(0, len(train), 1 + len(train) // 512)), pool_images).mean(0).std()
 f, f_avg = (Potential(SCALE * spread).to(device) for _ in range(2))
 f_avg.load_state_dict(f.state_dict())
 opt = torch.optim.Adam(f.net.parameters(), lr=LR, betas=BETAS)
@@ -377,7 +361,7 @@ bank = common.Bank(row_numbers, torch.randn(len(train), D), eta=torch.tensor(ETA
 run = common.Run(args, f"{name}.pt", {"f": f, "f_avg": f_avg, "opt": opt, "bank": bank}, STEPS, LOG_EVERY, CONSTANTS)
 if not args.resume:  # pair sources and latents at the least cost: a discrete plan, whose latents have the law Q
     for rows in bank.x.split(POOL):
-        bank.y[rows] = bank.y[rows][assigned(costs(photographs(rows), in_batches(images, bank.y[rows]))).to(device)]
+        bank.y[rows] = bank.y[rows][assigned(costs(photographs(rows), images(bank.y[rows]))).to(device)]
 for step in run.steps():
     opt.param_groups[0]["lr"] = common.warm_cosine(LR, step, WARMUP, STEPS)
     rows, candidates = bank.rows(BATCH), torch.randperm(POOL, device=device)[:CANDIDATES]
@@ -394,13 +378,12 @@ for step in run.steps():
 # ---------------------------------------------------------------------------------------------- results
 
 test_rows = torch.arange(len(train), len(train) + len(held_out)).repeat_interleave(PER_IMAGE)
-translations = translate(f_avg, test_rows)
-scores = {"cost": mean_cost(test_rows, translations)}
-scores |= {f"latent_{k}": v.item() for k, v in normality_stats(translations).items()}
+translations, mean_cost = translate(f_avg, test_rows)
+scores = {"cost": mean_cost, **{f"latent_{k}": v.item() for k, v in normality_stats(translations).items()}}
 
 scored = test_rows[torch.randperm(len(test_rows))[:2000]]
 fresh = torch.randn(len(scored), D, device=device)
-matrix = costs(photographs(scored), in_batches(images, fresh)).double().cpu()
+matrix = costs(photographs(scored), images(fresh)).double().cpu()
 scores["discrete_cost"], marginal_error = discrete_plan_cost(matrix)
 if marginal_error > 0.01:
     print(f"warning: the discrete entropic plan has not converged (marginal error {marginal_error:.2g}); "
@@ -410,19 +393,16 @@ scores["independent_cost"] = matrix.mean().item()
 scores["exact_ks"] = normality_stats(torch.randn_like(translations))["ks"].item()
 
 if made_up:  # the same sampler with nothing learned
-    untrained = translate(Potential(0.0).to(device), test_rows)
-    scores["zero_cost"] = mean_cost(test_rows, untrained)
-    scores |= {f"zero_{k}": v.item() for k, v in normality_stats(untrained).items()}
+    untrained, mean_cost = translate(Potential(0.0).to(device), test_rows)
+    scores |= {"zero_cost": mean_cost, **{f"zero_{k}": v.item() for k, v in normality_stats(untrained).items()}}
 
 shown = test_rows.unique()[::math.ceil(len(held_out) / 6)]
-tiles = full_images(translate(f_avg, shown.repeat_interleave(5))).unflatten(0, (len(shown), 5))
+tiles = full_images(translate(f_avg, shown.repeat_interleave(5))[0]).unflatten(0, (len(shown), 5))
 sources = (photographs(shown) + pool_mean).cpu().unflatten(1, (3, SIDE, SIDE))
 tiles = torch.cat([F.interpolate(sources, size=tiles.shape[-2:])[:, None], tiles], 1).clamp(0, 1)  # (6, 6, 3, R, R)
 fig, axis = plt.subplots(figsize=(9, 9.5), layout="constrained")
 axis.imshow(tiles.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1))
-axis.set_title(f"{os.path.basename(name)}: each row a source and its translations\n"
-               f"cost {scores['cost']:.4g} (discrete plan {scores['discrete_cost']:.4g}), latents' variance "
-               f"{scores['latent_var']:.3f}, largest KS {scores['latent_ks']:.3f} (exact {scores['exact_ks']:.3f})")
+axis.set_title(f"{os.path.basename(name)}: each row a source and its translations")
 axis.axis("off")
 common.save_figure(fig, f"{name}.png")
 print(f"wrote {name}.png and {name}.pt")
