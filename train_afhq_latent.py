@@ -8,14 +8,14 @@
     ascend      E_Q f(z) - E_P E_{pi_f(.|x)} f(z)              Algorithm 1 of Mokrov et al., ICLR 2024
 
     python train_afhq_latent.py --source cat --data afhq --generator afhqdog.pkl     a night on a GTX 1080 Ti
-    python train_afhq_latent.py --check      the same code on a generator of random weights with 32 dimensions, scored
-                                             against discrete OT: 8 minutes on one CPU core, 5 of them training, 1.6 GiB
+    python train_afhq_latent.py --check      the same code on a generator of random weights in 32 dimensions, against
+                                             discrete OT: 8 minutes on one CPU core, 5 of them training, 1.6 GiB
     python train_afhq_latent.py --smoke      the same path in seconds
 
 --data: AFHQ as the stargan-v2 project released it (v1: train/cat/*.jpg, val/cat/...; v2: test/cat/...), or any folder
-of images, of which every tenth is then held out.  --generator: afhqdog.pkl of NVIDIA's StyleGAN2-ADA-PyTorch release,
-folder "pretrained".  --translate DIR also writes the held-out images' translations, at full size, for eval_fid.py.
-Writes beside itself (or under --out) afhq_cat_eps1_seed0.pt, which --resume carries on from, and the figure (.png).
+of images, of which every tenth is then held out.  --generator: afhqdog.pkl of NVIDIA's StyleGAN2-ADA-PyTorch release.
+Writes beside itself (or under --out) afhq_cat_eps1_seed0.pt, which --resume carries on from, and a figure (.png), each
+row a source and five translations.  --translate DIR also writes the held-out images' translations, for eval_fid.py.
 
 Not yet run on the official files.  By count a step is 19.7 TFLOP: 8 000 steps and the scores take 10.8 h at 4.4 TFLOP/s
 (40 % of a GTX 1080 Ti) and 5 GB.  The paper's run took four A100s and some 2 700 Langevin steps per source, at 512x512.
@@ -25,9 +25,9 @@ a discrete plan, Metropolis' test allows longer steps, and chains jump between l
 The scores, of translations of the held-out images:
     cost               mean c; independent_cost: with latents drawn regardless of x
     latent_...         var, square and ks: 1, 1 and exact_ks if the latents are N(0, I)
-    discrete_cost      mean c of POT's entropic plan between the same images and as many latents
-    assigned_cost      mean c of the cheapest pairing of these
-    zero_...           the same scores with nothing learned, net = 0 (--check, --smoke)
+    discrete_cost      mean c of POT's entropic plan between these images and as many latents; assigned_cost: of the
+                       cheapest pairing
+    zero_...           the same with nothing learned, net = 0 (--check, --smoke)
 """
 import common  # first, so that Ctrl-C during the slow imports below ends without a traceback
 
@@ -38,14 +38,11 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
-import matplotlib
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import ot
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from scipy.optimize import linear_sum_assignment
 
 import stylegan2
@@ -58,14 +55,12 @@ args = common.arguments(
     generator=dict(default=os.path.join(beside, "afhqdog.pkl"), help="default: afhqdog.pkl beside the script"),
     translate=dict(metavar="DIR", help="also write the held-out images' translations there, as PNG"),
     check=dict(action="store_true", help="a made-up problem in 32 dimensions, scored against discrete OT"))
-device = args.device
-start_time = time.perf_counter()
+device, start_time = args.device, time.perf_counter()
 torch.backends.cudnn.allow_tf32 = False  # TF32 would blur the cost by more than Metropolis' test can bear
 warnings.filterwarnings("ignore", module="PIL")  # of transparency, which is dropped here, and of size, see MAX_PIXELS
 
 # ---------------------------------------------------------------------------------------------- constants
-EPS = args.eps
-SEED = args.seed
+EPS, SEED = args.eps, args.seed
 SIDE = 128               # of the images the cost sees: half the arithmetic of 512, a quarter of its memory
 STEPS = 8000             # Adam steps
 BATCH = 32               # chains moved per step
@@ -75,8 +70,7 @@ POOL, CANDIDATES = 2048, 512  # latents whose images are kept, and how many of t
 RESTART = 0.05           # share of the chains per step that must jump: f still gets samples where chains freeze
 WIDTH, DEPTH = 512, 3    # of net
 SCALE = 0.05             # of net, over the spread between latents of their mean cost: what net has to make up for
-LR, BETAS = 5e-4, (0.9, 0.99)  # of Adam; falls to 0 by a cosine
-WARMUP = 50              # steps
+LR, BETAS, WARMUP = 5e-4, (0.9, 0.99), 50  # of Adam; rises in WARMUP steps, then falls to 0 by a cosine
 EMA_DECAY = 0.998        # of the weights, per step
 SAMPLE_STEPS = 10        # of N_LANGEVIN Langevin steps and a jump each: a translation, from the best of the pool
 PER_IMAGE = 4            # translations of each held-out image
@@ -92,7 +86,7 @@ LOG_EVERY = max(1, STEPS // (200 if STEPS > 5000 else 12))
 CONSTANTS = common.constants_of(globals())
 
 made_up = args.check or args.smoke
-name = f"afhq_{'check' if args.check else args.source}_eps{EPS:g}_seed{SEED}" + "_smoke" * args.smoke
+name = f"afhq_{'check' if args.check else args.source}_eps{EPS:g}_seed{SEED}{'_smoke' * args.smoke}"
 name = os.path.join(args.out, name)
 
 
@@ -103,12 +97,10 @@ def make_folder(path):
         common.fail(f"the folder {path} cannot be made ({error.strerror}): name one that you can write to")
 
 
-def write_png(path, image, advice):
-    """Write an image (3, H, W), about [0,1]; where that fails, end the run."""
+def write_png(path, image):
+    """Write an image (3, H, W), about [0,1] -> None, or in words what went wrong."""
     data = (255 * image).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
-    problem = common.write_aside(path, lambda file: Image.fromarray(data).save(file, "png"))
-    if problem:
-        common.fail(f"{problem}: {advice}")
+    return common.write_aside(path, lambda file: Image.fromarray(data).save(file, "png"))
 
 
 # ---------------------------------------------------------------------------------------------- the made-up problem
@@ -116,8 +108,8 @@ def write_png(path, image, advice):
 @torch.no_grad()
 def make_up(folder):
     """Only for --check and --smoke -> a generator of random weights, 32 dimensions, 32x32, pixels 0.5 +- 0.16.
-    Writes images of it, with noise, as PNG files in AFHQ's layout.  Their latents are Gaussian, but shifted by about 0.8
-    and scaled by 0.5 to 2 along every axis."""
+    Writes images of it, with noise, as PNG files in AFHQ's layout.  Their latents are Gaussian, but shifted by about
+    0.8 and scaled by 0.5 to 2 along every axis."""
     G = stylegan2.random_generator(32, 32, 32, channel_base=256, channel_max=16, num_layers=2, conv_clamp=None)
     for module in G.modules():
         if isinstance(module, stylegan2.ToRGB):
@@ -133,7 +125,9 @@ def make_up(folder):
         x = (G(part) + 1) / 2
         for k, image in enumerate(x + NOISE * torch.randn(x.shape, generator=generator), 256 * i):
             path = os.path.join(folder, "train" if k < HIDDEN else "val", args.source, f"{k:05d}.png")
-            write_png(path, image, "free some space or name another --out")
+            problem = write_png(path, image)
+            if problem:
+                common.fail(f"{problem}: free some space or name another --out")
     return G
 
 
@@ -181,9 +175,8 @@ def list_images():
     if not held_out:
         train, held_out = [path for i, path in enumerate(train) if i % 10], train[::10]
     if len(train) < 2:
-        wanted = os.path.join(args.data, "train", args.source)
-        common.fail(f"{args.data} holds {len(train) + len(held_out)} images of {args.source}, too few: unpack AFHQ "
-                    f"(stargan-v2 project) so that {wanted} exists, or name another --source, or any folder with --data")
+        common.fail(f"{args.data} holds {len(train) + len(held_out)} images of {args.source}, too few: unpack AFHQ there "
+                    f"(train/{args.source}/*.jpg), or name another --source, or any folder of images with --data")
     return train, held_out
 
 
@@ -191,15 +184,11 @@ def decode(path):
     """The central square, averaged down: bytes (SIDE, SIDE, 3)."""
     try:
         with Image.open(path) as image:  # reads the header only
-            w, h = image.size
             if image.mode[0] in "IF":
                 raise ValueError("not 8 bits per channel")  # PIL would clip them to white or black
-            if w * h > MAX_PIXELS:
-                raise ValueError(f"{w}x{h}, over {MAX_PIXELS} pixels")
-            image = image.convert("RGB")
-        s = min(w, h)
-        box = ((w - s) // 2, (h - s) // 2, (w - s) // 2 + s, (h - s) // 2 + s)
-        return np.array(image.resize((SIDE, SIDE), Image.Resampling.BOX, box))
+            if math.prod(image.size) > MAX_PIXELS:
+                raise ValueError(f"{image.width}x{image.height}, over {MAX_PIXELS} pixels")
+            return np.array(ImageOps.fit(image.convert("RGB"), (SIDE, SIDE), Image.Resampling.BOX))
     except Exception as error:  # PIL has one for each way to be broken
         reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
         raise ValueError(f"{path} is not a usable image ({reason}): replace or delete it") from None
@@ -226,8 +215,7 @@ def match_colours(n=64):
     down to SIDE: what G's later blocks add.  Prints how much of the latter it explains."""
     z = torch.randn(n, D, generator=torch.Generator().manual_seed(1)).to(device)
     early = torch.cat([G(part, resolution=SIDE, fp16=False).cpu() for part in z.split(8)])
-    early = early.permute(0, 2, 3, 1).reshape(-1, 3).double()
-    early = torch.cat([early, torch.ones(len(early), 1)], 1)
+    early = F.pad(early.permute(0, 2, 3, 1).reshape(-1, 3).double(), (0, 1), value=1.0)
     whole = F.interpolate(full_images(z), size=(SIDE, SIDE), mode="area").permute(0, 2, 3, 1).reshape(-1, 3).double()
     colours = torch.linalg.lstsq(early, whole).solution
     explained = 1 - (whole - early @ colours).square().sum() / (whole - whole.mean(0)).square().sum()
@@ -237,14 +225,14 @@ def match_colours(n=64):
 
 def images(z):
     """G(z) as the cost sees it: (n, D) -> (n, 3 SIDE SIDE), in [0,1] less pool_mean."""
-    parts = [G(part, resolution=SIDE, fp16=False) for part in z.split(BATCH)]  # fp16 would err by more than Metropolis bears
-    return (torch.einsum("oc,bohw->bchw", colours[:3], torch.cat(parts)) + colours[3, :, None, None]).flatten(1) - pool_mean
+    image = torch.cat([G(part, resolution=SIDE, fp16=False) for part in z.split(BATCH)])  # fp16 is too coarse, as TF32
+    image = torch.einsum("oc,bohw->bchw", colours[:3], image) + colours[3, :, None, None]
+    return image.flatten(1) - pool_mean
 
 
 def photographs(rows):
     """Row numbers of pixels -> images (n, 3 SIDE SIDE), in [0,1] less pool_mean."""
-    x = pixels[rows.cpu()].to(device)
-    return x.permute(0, 3, 1, 2).flatten(1).float() / 255 - pool_mean
+    return pixels[rows.cpu()].to(device).permute(0, 3, 1, 2).flatten(1).float() / 255 - pool_mean
 
 
 def cost(x, z):
@@ -283,7 +271,6 @@ class Potential(torch.nn.Module):
 @torch.no_grad()
 def jump(f, x, z, log_p, candidates):
     """One long move per chain: to one of these rows of the pool, or none, since the chain's own z is among the choices.
-
     A choice has the weight pi_f(z_j|x) / N(z_j; 0, I), as in iterated sampling importance resampling: exact for fresh
     z_j ~ N(0, I).  A pool that stays the same pulls chains towards its own sample, less the larger it is.
     log_p (B,): that of z as mala returns it; -inf forces a chain to leave.  -> z (B, D), moved fraction."""
@@ -382,12 +369,10 @@ translations, mean_cost = translate(f_avg, test_rows)
 scores = {"cost": mean_cost, **{f"latent_{k}": v.item() for k, v in normality_stats(translations).items()}}
 
 scored = test_rows[torch.randperm(len(test_rows))[:2000]]
-fresh = torch.randn(len(scored), D, device=device)
-matrix = costs(photographs(scored), images(fresh)).double().cpu()
+matrix = costs(photographs(scored), images(torch.randn(len(scored), D, device=device))).double().cpu()
 scores["discrete_cost"], marginal_error = discrete_plan_cost(matrix)
 if marginal_error > 0.01:
-    print(f"warning: the discrete entropic plan has not converged (marginal error {marginal_error:.2g}); "
-          f"assigned_cost bounds its cost from below")
+    print(f"warning: the discrete entropic plan has not converged (marginal error {marginal_error:.2g})")
 scores["assigned_cost"] = matrix[torch.arange(len(matrix)), assigned(matrix)].mean().item()
 scores["independent_cost"] = matrix.mean().item()
 scores["exact_ks"] = normality_stats(torch.randn_like(translations))["ks"].item()
@@ -397,24 +382,18 @@ if made_up:  # the same sampler with nothing learned
     scores |= {"zero_cost": mean_cost, **{f"zero_{k}": v.item() for k, v in normality_stats(untrained).items()}}
 
 shown = test_rows.unique()[::math.ceil(len(held_out) / 6)]
-tiles = full_images(translate(f_avg, shown.repeat_interleave(5))[0]).unflatten(0, (len(shown), 5))
 sources = (photographs(shown) + pool_mean).cpu().unflatten(1, (3, SIDE, SIDE))
-tiles = torch.cat([F.interpolate(sources, size=tiles.shape[-2:])[:, None], tiles], 1).clamp(0, 1)  # (6, 6, 3, R, R)
-fig, axis = plt.subplots(figsize=(9, 9.5), layout="constrained")
-axis.imshow(tiles.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1))
-axis.set_title(f"{os.path.basename(name)}: each row a source and its translations")
-axis.axis("off")
-common.save_figure(fig, f"{name}.png")
-print(f"wrote {name}.png and {name}.pt")
+columns = full_images(translate(f_avg, shown.repeat_interleave(5))[0]).unflatten(0, (len(shown), 5)).unbind(1)
+columns = [F.interpolate(column, size=(256, 256), mode="area") for column in (sources, *columns)]
+problem = write_png(f"{name}.png", torch.cat([torch.cat(list(column), 1) for column in columns], 2))
+print(f"warning: {problem}: free some space, then --resume" if problem else f"wrote {name}.png and {name}.pt")
 
-if args.translate:
-    for i, (row, z) in enumerate(zip(test_rows.tolist(), translations.split(1))):
-        number = row - len(train)  # keeps a.jpg and a.png, or those of two folders, apart
-        stem = os.path.splitext(os.path.basename(held_out[number]))[0][:50]
-        path = os.path.join(args.translate, f"{number:05d}_{stem}_{i % PER_IMAGE}.png")
-        write_png(path, full_images(z)[0], "free some space, then --resume with --translate again")
-    print(f"wrote {len(translations)} translations to {args.translate}")
+for i, z in enumerate(translations.split(1) if args.translate else ()):
+    number, copy = divmod(i, PER_IMAGE)
+    stem = os.path.splitext(os.path.basename(held_out[number]))[0][:50]  # the number keeps a.jpg and a.png apart
+    problem = write_png(os.path.join(args.translate, f"{number:05d}_{stem}_{copy}.png"), full_images(z)[0])
+    if problem:
+        common.fail(f"{problem}: free some space, then --resume with --translate again")
 
 print(f"final eps {EPS:g} " + " ".join(f"{k} {v:.4g}" for k, v in scores.items()) +
-      f" train_s {run.seconds:.1f} total_s {time.perf_counter() - start_time:.1f} "
-      f"peak_mib {common.peak_mib(device):.0f}")
+      f" train_s {run.seconds:.1f} total_s {time.perf_counter() - start_time:.1f} peak_mib {common.peak_mib(device):.0f}")
