@@ -175,8 +175,8 @@ def list_images():
     if not held_out:
         train, held_out = [path for i, path in enumerate(train) if i % 10], train[::10]
     if len(train) < 2:
-        common.fail(f"{args.data} holds {len(train) + len(held_out)} images of {args.source}, too few: unpack AFHQ there "
-                    f"(train/{args.source}/*.jpg), or name another --source, or any folder of images with --data")
+        common.fail(f"{args.data} holds {len(train) + len(held_out)} images of {args.source}, too few: unpack AFHQ "
+                    f"there (train/{args.source}/*.jpg), or name another --source, or any folder of images with --data")
     return train, held_out
 
 
@@ -395,5 +395,5 @@ for i, z in enumerate(translations.split(1) if args.translate else ()):
     if problem:
         common.fail(f"{problem}: free some space, then --resume with --translate again")
 
-print(f"final eps {EPS:g} " + " ".join(f"{k} {v:.4g}" for k, v in scores.items()) +
-      f" train_s {run.seconds:.1f} total_s {time.perf_counter() - start_time:.1f} peak_mib {common.peak_mib(device):.0f}")
+print(f"final eps {EPS:g} " + " ".join(f"{k} {v:.4g}" for k, v in scores.items()) + f" train_s {run.seconds:.1f}",
+      f"total_s {time.perf_counter() - start_time:.1f} peak_mib {common.peak_mib(device):.0f}")
