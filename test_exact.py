@@ -4,18 +4,24 @@
 
 No network, no data."""
 import collections
+import contextlib
 import hashlib
 import io
 import math
 import os
 import pickle
 import pickletools
+import random
 import re
 import runpy
 import shutil
 import signal
+import struct
+import subprocess
 import sys
+import time
 import types
+import zipfile
 
 import numpy as np
 import ot
@@ -28,32 +34,200 @@ import common
 import digits
 import eval_fid
 import stylegan2
-from test_smoke import HERE, afhq, cmnist, final, gauss, here, neural, refuses, run  # fixtures among them
+from test_smoke import HERE, RUNS, checkpoint, command, final, here, refuses, run, same, smoke, whole, written
 
 
-# ------------------------------------------------------------------------------------------------ the scripts
+# ------------------------------------------------------------------------------------------------ the command line
 
-def test_killed_in_the_middle_of_a_save_loses_nothing(tmp_path):
-    kill = """
-import os, torch
-whole, calls = torch.save, [0]
-def save(state, path):
-    calls[0] += 1
-    if calls[0] < 2: return whole(state, path)
-    open(path, "wb").write(b"half a checkpoint")
-    os._exit(9)
-torch.save = save
+@pytest.mark.parametrize("bad", [["--eps", "0"], ["--eps", "-1"], ["--eps", "nan"], ["--eps", "inf"], ["--eps", "x"],
+                                 ["--eps", "1e-300"], ["--eps", "1e300"], ["--device", "gpu7"], ["--device", "hpu"],
+                                 ["--device", "meta"], ["--device", "cuda:99"], ["--device", ""], ["--out", ""],
+                                 ["--out", os.path.join(__file__, "x")], ["--out", __file__], ["--out=--"],
+                                 ["--seed", "-1"], ["--seed", "1.5"], ["--seed", str(2 ** 63)], ["--sede", "1"]])
+def test_bad_command_lines(bad, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train_toy.py", *bad])
+    for stream in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, stream, getattr(sys, stream))  # to be put back: the script wraps them
+    with pytest.raises(SystemExit) as end:
+        common.arguments("doc", __file__, eps=0.1)
+    assert end.value.code == 2
+    name = bad[0].split("=")[0]
+    sensible_range = {"--eps": "1e-06 to 1e+06", "--seed": "from 0 to 9.2", "--out": "folder"}.get(name, "")
+    refuses(capsys.readouterr().err, name if name != "--sede" else "unrecognized", sensible_range)
+
+
+def test_bad_eps_and_dim_of_the_scripts(tmp_path):
+    refuses(run("train_toy.py", "--eps", "nan", cwd=tmp_path, code=2), "--eps", "number from")
+    for script in ("train_gauss.py", "train_cmnist.py", "train_afhq_latent.py"):
+        refuses(here(script, "--eps", "-1", "--out", tmp_path, code=2)[0], "--eps", "number from")
+    for dim in ("0", "-3", "2.5", "many", "100000"):
+        refuses(here("train_gauss.py", "--dim", dim, "--out", tmp_path, code=2)[0], "--dim", "whole number from 1")
+
+
+def test_a_console_of_ascii_and_paths_beyond_it(tmp_path):
+    """Both in a folder whose name is no valid UTF-8, and a letter that ASCII lacks."""
+    folder = os.fsdecode(os.fsencode(str(tmp_path)) + "/größe".encode() + b"\xff")
+    done = subprocess.run([sys.executable, os.path.join(HERE, "train_toy.py"), "--smoke", "--out", folder],
+                          env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, timeout=150)
+    assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
+    assert b"gr\\xf6\\xdfe\\udcff" in done.stdout and done.stdout.isascii()
+    assert checkpoint(folder, "toy_eps0.1_seed0_smoke")["step"] == 30
+    done = subprocess.run([sys.executable, os.path.join(HERE, "train_toy.py"), "--out", os.path.join(__file__, folder)],
+                          env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, timeout=150)
+    assert done.returncode == 2
+    refuses(done.stderr.decode("ascii"), "--out")
+
+
+@pytest.mark.parametrize("script, moment", [("train_toy.py", "numpy"), ("train_gauss.py", "libtorch_cpu"),
+                                            ("train_cmnist.py", "matplotlib"), ("train_not.py", "libtorch_python"),
+                                            ("train_afhq_latent.py", None), ("eval_fid.py", "libtorch_cpu")])
+def test_ctrl_c_during_the_imports(script, moment, tmp_path):
+    """The signal comes as a library of that name is mapped into the process, or after 0.3 s."""
+    options = ["missing", "too"] if script == "eval_fid.py" else ["--smoke", "--out", str(tmp_path)]
+    process = subprocess.Popen([sys.executable, os.path.join(HERE, script), *options], cwd=tmp_path,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + (20 if moment else 0.3)
+    while time.monotonic() < deadline and process.poll() is None:
+        if moment and moment in open(f"/proc/{process.pid}/maps").read():
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode in (0, 130, -signal.SIGINT) and "Traceback" not in errors, (process.returncode, errors)
+
+
+# ------------------------------------------------------------------------------------------------ runs that are stopped
+
+SHORT = """
+import torch
+import common
+
+args = common.arguments("doc", __file__, eps=0.1)
+torch.set_num_threads(1)
+f, f_avg = common.MLP(2, 8, 1), common.MLP(2, 8, 1)
+opt = torch.optim.Adam(f.parameters(), fused=True)
+bank = common.Bank(torch.randn(64, 2), torch.randn(64, 2), eta=torch.tensor(0.01))
+parts = {"f": f, "f_avg": f_avg, "opt": opt, "bank": bank}
+run = common.Run(args, f"{args.out}/short_seed{args.seed}.pt", parts, 30, 10, {"EPS": args.eps, "SEED": args.seed})
+for step in run.steps():
+    bank.y, _, accepted = common.mala(f, bank.x, bank.y, 0.1, bank.eta, 1)
+    bank.eta *= torch.exp(0.03 * (accepted - 0.75))
+    gap = common.train_step(f, opt, torch.randn(64, 2), bank.y)
+    common.update_ema(f_avg, f, 0.9, step)
+    if run.due():
+        run.log({"gap": 1e3}, gap=gap, accept=accepted)
+print(f"final steps {run.step}")
 """
-    options = ("--smoke", "--device", "cpu", "--out", str(tmp_path))
-    run("train_toy.py", *options, cwd=tmp_path, code=9, prelude=kill)
-    assert torch.load(tmp_path / "toy_eps0.1_smoke.pt", weights_only=True)["step"] == 0
-    assert final(run("train_toy.py", *options, "--resume", cwd=tmp_path))["eps"] == 0.1
-    assert torch.load(tmp_path / "toy_eps0.1_smoke.pt", weights_only=True)["step"] == 30
+
+
+@pytest.fixture
+def short(tmp_path):
+    """short(*options, code=0) -> output of a script of milliseconds around common.Run; it writes short_seed0.pt."""
+    script = tmp_path / "script" / "train_short.py"
+    script.parent.mkdir()
+    script.write_text(SHORT)
+
+    def call(*options, code=0):
+        return here(str(script), "--device", "cpu", "--out", tmp_path, *options, code=code)[0]
+
+    call.script, call.path = script, tmp_path / "short_seed0.pt"
+    return call
+
+
+def at_step(monkeypatch, step, do):
+    """From now on do() is called as a run in this process ends that step."""
+    due = common.Run.due
+
+    def extended(self, *a, **k):
+        if self.step == step:
+            do()
+        return due(self, *a, **k)
+
+    monkeypatch.setattr(common.Run, "due", extended)
+
+
+def killed(monkeypatch, step):
+    """From now on a run in this process ends there and then, as by SIGKILL: exit code 9."""
+    def kill():
+        raise SystemExit(9)
+
+    at_step(monkeypatch, step, kill)
+
+
+def steps_kept(folder):
+    """{file name: step} of all checkpoints."""
+    names = [name for name in os.listdir(folder) if name.endswith((".pt", ".pt.old"))]
+    return {name: torch.load(folder / name, weights_only=True)["step"] for name in names}
+
+
+def kill_in_save(monkeypatch, n):
+    """From now on this process ends in the middle of the n-th write of a checkpoint."""
+    save, calls = torch.save, [0]
+
+    def half(state, file):
+        calls[0] += 1
+        if calls[0] < n:
+            return save(state, file)
+        file.write(b"half a checkpoint")
+        raise SystemExit(9)
+
+    monkeypatch.setattr(torch, "save", half)
+
+
+def test_killed_in_the_middle_of_a_save_loses_nothing(tmp_path, monkeypatch, short):
+    with monkeypatch.context() as patch:
+        kill_in_save(patch, 2)
+        short(code=9)
+    assert steps_kept(tmp_path) == {"short_seed0.pt": 0} and (tmp_path / "short_seed0.pt.tmp").exists()
+    assert final(short("--resume"))["steps"] == 30
+    with monkeypatch.context() as patch:
+        kill_in_save(patch, 1)  # a fresh start, before it has anything of its own
+        short(code=9)
+    assert steps_kept(tmp_path) == {"short_seed0.pt": 30}
+    assert final(short())["steps"] == 30
+    assert steps_kept(tmp_path) == {"short_seed0.pt": 30, "short_seed0.pt.old": 30}
+    assert not (tmp_path / "short_seed0.pt.tmp").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_at_once(tmp_path, monkeypatch, short, number):
+    def twice():
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
+
+    at_step(monkeypatch, 5, twice)
+    short(code=128 + number)
+    assert steps_kept(tmp_path) == {"short_seed0.pt": 0}
+
+
+@pytest.mark.parametrize("console", ["head has ended", "full disk"])
+def test_a_console_that_takes_no_more_costs_only_its_lines(console, tmp_path, short):
+    """`| head -1` closes the pipe, as the Ctrl-C does that a `| tee log` does not outlive; then comes that Ctrl-C."""
+    wait_at_12 = """
+import signal, common
+due = common.Run.due
+def interrupted(self):
+    if self.step == 12:
+        sys.stdin.read()
+        signal.raise_signal(signal.SIGINT)
+    return due(self)
+common.Run.due = interrupted"""
+    with open("/dev/full", "w") as full:
+        process = subprocess.Popen(command(short.script, "--out", tmp_path, prelude=wait_at_12), stdin=subprocess.PIPE,
+                                   stdout=subprocess.PIPE if console == "head has ended" else full,
+                                   stderr=subprocess.PIPE, text=True)
+    if process.stdout:
+        assert process.stdout.readline().startswith("step ")
+        process.stdout.close()
+    process.stdin.close()
+    errors = process.stderr.read()
+    assert process.wait(60) == 0 and not errors, errors
+    assert steps_kept(tmp_path) == {"short_seed0.pt": 12}
 
 
 @pytest.mark.parametrize("ending", ["by the log", "by a signal"])
 def test_divergence_is_said_and_the_good_checkpoint_kept(tmp_path, monkeypatch, ending):
-    train_step, calls = common.train_step, [0]
+    train_step, calls, name = common.train_step, [0], "toy_eps0.1_seed0_smoke"
 
     def poisoned(f, *a):
         calls[0] += 1
@@ -64,71 +238,328 @@ def test_divergence_is_said_and_the_good_checkpoint_kept(tmp_path, monkeypatch, 
         return train_step(f, *a)
 
     monkeypatch.setattr(common, "train_step", poisoned)
-    refuses(here("train_toy.py", "--smoke", "--out", tmp_path, code=2)[0], "diverged", "--resume")
-    kept = torch.load(tmp_path / "toy_eps0.1_smoke.pt", weights_only=True)
+    refuses(smoke(name, tmp_path, code=2)[0], "diverged", "last good checkpoint")
+    kept = checkpoint(tmp_path, name)
     assert kept["step"] < 11 and all(v.isfinite().all() for v in kept["f"].values())
 
 
+# ------------------------------------------------------------------------------------------------ runs are kept
+
+def test_three_seeds_leave_three_checkpoints(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "save_figure", lambda fig, path: None)  # the seconds go there
+    for seed in (0, 1, 2):
+        here("train_toy.py", "--smoke", "--device", "cpu", "--out", tmp_path, "--seed", seed)
+    assert steps_kept(tmp_path) == {f"toy_eps0.1_seed{seed}_smoke.pt": 30 for seed in (0, 1, 2)}
+    f = [checkpoint(tmp_path, f"toy_eps0.1_seed{seed}_smoke")["f"]["last.weight"] for seed in (0, 1, 2)]
+    assert not torch.equal(f[0], f[1]) and not torch.equal(f[1], f[2])
+
+
+def test_fresh_starts_killed_at_once_do_not_replace_a_finished_run(tmp_path, monkeypatch, short):
+    short()
+    finished = short.path.read_bytes()
+    with monkeypatch.context() as patch:
+        killed(patch, 1)
+        for _ in range(2):
+            short(code=9)
+            assert steps_kept(tmp_path) == {"short_seed0.pt": 0, "short_seed0.pt.old": 30}
+    assert (tmp_path / "short_seed0.pt.old").read_bytes() == finished
+    assert final(short("--resume"))["steps"] == 30
+    assert short().count("kept the earlier checkpoint") == 1  # as far as *.old: replaces it
+
+
+def test_a_second_run_into_the_same_files_is_refused_while_the_first_lives(tmp_path, short):
+    wait = "import common; common.Run.due = lambda self: print('at', self.step, flush=True) or sys.stdin.read()"
+    first = subprocess.Popen(command(short.script, "--out", tmp_path, prelude=wait), stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE, text=True)
+    try:
+        assert first.stdout.readline() == "at 1\n"
+        for options in ((), ("--resume",)):
+            refuses(short(*options, code=2), "another run", str(short.path))
+        assert steps_kept(tmp_path) == {"short_seed0.pt": 0}
+        assert final(short("--seed", "1"))["steps"] == 30  # other files
+    finally:
+        first.kill()
+        first.communicate()
+    assert final(short("--resume"))["steps"] == 30  # the lock died with its owner
+    short()
+
+
+@pytest.mark.parametrize("change", ["renamed", "deleted", "edited"])
+def test_the_checkpoint_holds_the_code_that_ran(change, monkeypatch, short):
+    changes = {"renamed": lambda: short.script.rename(short.script.with_name("other.py")),
+               "deleted": short.script.unlink,
+               "edited": lambda: short.script.write_text("raise RuntimeError('another script')")}
+    at_step(monkeypatch, 5, changes[change])
+    assert final(short())["steps"] == 30
+    assert torch.load(short.path, weights_only=True)["code"] == SHORT
+
+
+@contextlib.contextmanager
+def disk_of(n):
+    """No file can grow beyond n bytes."""
+    resource = pytest.importorskip("resource")
+    handler, (soft, hard) = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+
+
 def test_full_disk(tmp_path):
-    full = ("import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-            "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))")
-    output = run("train_toy.py", "--smoke", "--out", str(tmp_path), cwd=tmp_path, code=2, prelude=full)
-    refuses(output, "cannot write", "--out")
-    assert not [f for f in os.listdir(tmp_path) if f.endswith(".tmp") or f.endswith(".pt")]
+    """At the first checkpoint the run ends; at the figure it goes on without.  Nothing half-written is left."""
+    name = "toy_eps0.1_seed0_smoke"
+    with disk_of(20_000):
+        refuses(smoke(name, tmp_path, code=2)[0], "cannot write", "--out")
+    assert all(file.endswith(".npz") for file in written(tmp_path))  # the references are small
+    size = os.path.getsize(whole(name)[0] / f"{name}.pt")
+    with disk_of(size + 1000):
+        output, _ = smoke(name, tmp_path)
+    assert "warning: cannot write" in output and "--resume draws it again" in output
+    assert {file for file in written(tmp_path) if not file.endswith(".npz")} == {f"{name}.pt"}
+    with disk_of(100):
+        refuses(smoke(name, tmp_path, code=2)[0], "cannot write", "--out")
+    assert {file for file in written(tmp_path) if not file.endswith(".npz")} == {f"{name}.pt"}
 
 
-def test_unusable_checkpoints(tmp_path):
-    options, path = ("--smoke", "--resume", "--out", tmp_path), tmp_path / "toy_eps0.1_smoke.pt"
-    refuses(here("train_toy.py", *options, code=2)[0], "no checkpoint", "without --resume")
-    path.write_text("not a checkpoint")
-    refuses(here("train_toy.py", *options, code=2)[0], "not a readable checkpoint", str(path))
-    foreign = b"cos\nsystem\n(S'touch " + str(tmp_path).encode() + b"/executed'\ntR."
-    path.write_bytes(foreign)
-    refuses(here("train_toy.py", *options, code=2)[0], "not a readable checkpoint")
-    assert path.read_bytes() == foreign and not (tmp_path / "executed").exists()
+def test_a_disk_full_at_a_fresh_start_leaves_the_earlier_checkpoint(tmp_path, short, monkeypatch):
+    short()
+    before = short.path.read_bytes()
+    with disk_of(1000):
+        refuses(short(code=2), "cannot write", "untouched")
+    assert short.path.read_bytes() == before and written(tmp_path) == {"script", "short_seed0.pt"}
+    with disk_of(1000):
+        refuses(short("--resume", code=2), "cannot write", "untouched")
+    assert short.path.read_bytes() == before and written(tmp_path) == {"script", "short_seed0.pt"}
+    assert final(short("--resume"))["steps"] == 30
 
 
-def test_load_refuses_other_constants_and_other_networks(tmp_path, capsys):
-    path, f = str(tmp_path / "a.pt"), common.MLP(2, 8, 1)
-    common.save(path, {"f": f}, constants={"LR": 0.1, "SEED": 0}, step=3)
-    assert common.load(path, {"f": common.MLP(2, 8, 1)}, {"LR": 0.1, "SEED": 0})["step"] == 3
-    for constants, part, words in (({"LR": 0.2, "SEED": 0}, f, "LR was 0.1, is 0.2"),
-                                   ({"LR": 0.1, "SEED": 0}, common.MLP(2, 9, 1), "another shape")):
-        with pytest.raises(SystemExit) as end:
-            common.load(path, {"f": part}, constants)
-        assert end.value.code == 2
-        refuses(capsys.readouterr().err, words)
-
-
-@pytest.mark.parametrize("bad", [["--eps", "0"], ["--eps", "-1"], ["--eps", "nan"], ["--eps", "inf"], ["--eps", "x"],
-                                 ["--eps", "1e-300"], ["--eps", "1e300"], ["--device", "gpu7"], ["--device", "hpu"],
-                                 ["--device", "cuda:99"], ["--out", os.path.join(__file__, "x")], ["--out=--"],
-                                 ["--seed", "-1"], ["--seed", "1.5"], ["--seed", str(2 ** 63)], ["--sede", "1"]])
-def test_bad_command_lines(bad, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["train_toy.py", *bad])
-    with pytest.raises(SystemExit) as end:
-        common.arguments("doc", __file__, eps=0.1)
-    assert end.value.code == 2
-    refuses(capsys.readouterr().err, bad[0] if bad[0] != "--sede" else "unrecognized")
-
-
-def test_bad_eps_from_the_shell(tmp_path):
-    refuses(run("train_toy.py", "--eps", "nan", cwd=tmp_path, code=2), "--eps", "positive number")
-    refuses(here("train_gauss.py", "--eps", "-1", code=2)[0], "--eps", "positive number")
-    for dim in ("0", "-3", "2.5", "many"):
-        refuses(here("train_gauss.py", "--dim", dim, code=2)[0], "--dim", "whole number from 1 up")
+@pytest.mark.parametrize("ending", [".pt.tmp", ".pt", ".pt.old"])
+def test_a_folder_in_the_way(ending, tmp_path, short):
+    short()
+    short.path.replace(tmp_path / "kept.pt")
+    if ending != ".pt":
+        shutil.copy(tmp_path / "kept.pt", short.path)
+    (tmp_path / f"short_seed0{ending}" / "inside").mkdir(parents=True)
+    refuses(short(code=2), "cannot write", "short_seed0.pt")
+    assert (tmp_path / f"short_seed0{ending}" / "inside").exists()
+    if ending != ".pt":
+        assert torch.load(short.path, weights_only=True)["step"] == 30
 
 
 def test_readme_example_copies_into_another_project(tmp_path):
-    readme = open(os.path.join(HERE, "README.md")).read()
+    readme = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
     block = re.search(r"<!-- tested -->\n```python\n(.*?)```", readme, re.S).group(1)
     assert len(block.strip().splitlines()) <= 5
     shutil.copy(os.path.join(HERE, "common.py"), tmp_path)
-    script = open(os.path.join(HERE, "train_toy.py")).read()
+    script = open(os.path.join(HERE, "train_toy.py"), encoding="utf-8").read()
     start, end = script.index("def source("), script.index("# ----", script.index("def source("))
     (tmp_path / "train_mine.py").write_text(script[:start] + block + "\n\n" + script[end:])
     output = run("train_mine.py", "--smoke", "--out", str(tmp_path), cwd=tmp_path, folder=str(tmp_path))
     assert final(output)["cond_floor"] > 0
+
+
+def test_references_belong_to_their_samples_and_damaged_ones_are_solved_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "save_figure", lambda fig, path: None)  # the seconds go there
+    name = "toy_eps0.1_seed0_smoke"
+    folder, output, _ = whole(name)
+    for file in written(folder):
+        if file.endswith(".npz"):
+            shutil.copy(folder / file, tmp_path)
+    references = sorted(tmp_path.glob("*.npz"))
+    first = smoke(name, tmp_path)[0]
+    assert "solving" not in first
+    good, floor = [np.load(path)["g"] for path in references], final(output)["cond_floor"]
+    damages = ({"g": good[0] * np.nan}, {"g": good[0][1:]}, {"g": good[0].astype("U9")}, {"other": good[0]},
+               b"text", references[0].read_bytes()[:300])
+    for damage in damages:
+        references[0].write_bytes(damage) if isinstance(damage, bytes) else np.savez(references[0], **damage)
+        again, _ = smoke(name, tmp_path)
+        assert again.count("solving again") == 1 and final(again)["cond_floor"] == floor
+        assert np.array_equal(np.load(references[0])["g"], good[0])
+
+    script = open(os.path.join(HERE, "train_toy.py"), encoding="utf-8").read()
+    head = "def target(n, generator=None):\n"
+    assert script.count(head) == 1
+    copy = tmp_path / "copy" / "train_toy.py"
+    copy.parent.mkdir()
+    copy.write_text(script.replace(head, head + "    return 3 + torch.randn(n, 2, generator=generator)\n\n"))
+    output, _ = here(str(copy), "--smoke", "--device", "cpu", "--out", tmp_path)
+    assert output.count("solving a discrete reference") == 2 and len(sorted(tmp_path.glob("*.npz"))) == 4
+    assert all(np.array_equal(np.load(path)["g"], g) for path, g in zip(references, good))
+
+
+# ------------------------------------------------------------------------------------------------ damaged checkpoints
+
+
+def all_ff(*keys):
+    """64 bytes of 0xff at the start of that tensor, with a good checksum."""
+    def edit(state):
+        for key in keys[:-1]:
+            state = state[key]
+        tensor = state[keys[-1]]
+        tensor.view(-1).view(torch.uint8)[:64] = 0xff
+
+    return edit
+
+
+def put(*keys_and_value):
+    *keys, last, value = keys_and_value
+
+    def edit(state):
+        for key in keys:
+            state = state[key]
+        state[last] = value
+
+    return edit
+
+
+def without(*keys):
+    def edit(state):
+        for key in keys[:-1]:
+            state = state[key]
+        del state[keys[-1]]
+
+    return edit
+
+
+NAN, INF = math.nan, math.inf
+DAMAGES = {  # what is done to the dict in a good checkpoint of 30 steps
+    "bits of f": all_ff("f", "hidden.0.weight"), "bits of f_avg": all_ff("f_avg", "last.weight"),
+    "bits of a moment": all_ff("opt", "state", 1, "exp_avg_sq"), "bits of the bank": all_ff("bank", "y"),
+    "nan in the count": put("opt", "state", 0, "step", torch.tensor(NAN)),
+    "shape of f": put("f", "last.weight", torch.zeros(1, 9)), "type of f": put("f", "last.bias", torch.zeros(1).long()),
+    "shape of a moment": put("opt", "state", 0, "exp_avg", torch.zeros(3)),
+    "size of a moment": put("opt", "state", 0, "exp_avg", torch.zeros(2, 8)),
+    "scalar moment": put("opt", "state", 0, "exp_avg_sq", torch.zeros(())),
+    "type of a moment": put("opt", "state", 0, "exp_avg", torch.zeros(8, 2).double()),
+    "moment that is none": put("opt", "state", 0, "exp_avg", "text"),
+    "one moment less": without("opt", "state", 0, "exp_avg"),
+    "one weight's state less": without("opt", "state", 0), "no moments": put("opt", "state", {}),
+    "one weight's state more": put("opt", "state", 9, {"step": torch.zeros(()), "exp_avg": torch.zeros(2)}),
+    "no optimiser": without("opt"), "optimiser that is none": put("opt", 3), "no bank": without("bank"),
+    "f that is none": put("f", [torch.zeros(8)]), "no eta": without("bank", "eta"),
+    "eta nan": put("bank", "eta", torch.tensor(NAN)), "eta inf": put("bank", "eta", torch.tensor(INF)),
+    "eta of two": put("bank", "eta", torch.ones(2)),
+    "step beyond": put("step", 31), "step far beyond": put("step", 10 ** 30), "step below": put("step", -1),
+    "step not whole": put("step", 2.5), "step a float": put("step", 30.0), "step text": put("step", "30"),
+    "step a tensor": put("step", torch.tensor(30)), "step True": put("step", True), "no step": without("step"),
+    "no seconds": without("seconds"), "seconds nan": put("seconds", NAN), "seconds inf": put("seconds", INF),
+    "seconds below": put("seconds", -1.0), "seconds text": put("seconds", "9"),
+    "seconds a tensor": put("seconds", torch.ones(2)),
+    "no rng": without("rng"), "rng empty": put("rng", []), "rng short": put("rng", [torch.zeros(9, dtype=torch.uint8)]),
+    "rng long": put("rng", [torch.zeros(9999, dtype=torch.uint8)]),
+    "rng of zeros": put("rng", [torch.zeros(5056, dtype=torch.uint8)]),
+    "rng of floats": put("rng", [torch.zeros(5056)]), "rng text": put("rng", "text"),
+    "no constants": without("constants"), "constants text": put("constants", "EPS"),
+    "other constants": put("constants", "EPS", 0.2),
+}
+
+
+@pytest.fixture(scope="module")
+def short_checkpoint(tmp_path_factory):
+    """The bytes of a finished run's checkpoint."""
+    folder = tmp_path_factory.mktemp("short")
+    (folder / "train_short.py").write_text(SHORT)
+    here(str(folder / "train_short.py"), "--device", "cpu", "--out", folder)
+    return (folder / "short_seed0.pt").read_bytes()
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_checkpoints_are_refused_and_left_alone(damage, short, short_checkpoint):
+    state = torch.load(io.BytesIO(short_checkpoint), weights_only=True)
+    DAMAGES[damage](state)
+    torch.save(state, short.path)
+    content = short.path.read_bytes()
+    refuses(short("--resume", code=2), str(short.path), "start without --resume")
+    assert short.path.read_bytes() == content
+
+
+def test_files_that_are_no_checkpoint_are_refused_and_left_alone(tmp_path, short, short_checkpoint):
+    refuses(short("--resume", code=2), "no checkpoint", "without --resume")
+    foreign = b"cos\nsystem\n(S'touch " + str(tmp_path).encode() + b"/executed'\ntR."
+    zipped = io.BytesIO()
+    with zipfile.ZipFile(zipped, "w") as file:
+        file.writestr("archive/data.pkl", foreign)
+        file.writestr("archive/version", "3")
+    listed = io.BytesIO()
+    torch.save([1, 2], listed)
+    for content in (b"", b"not a checkpoint", foreign, zipped.getvalue(), listed.getvalue(), short_checkpoint[:3000],
+                    short_checkpoint[:-1], short_checkpoint[:-30]):
+        short.path.write_bytes(content)
+        refuses(short("--resume", code=2), str(short.path), "start without --resume")
+        assert short.path.read_bytes() == content
+    assert not (tmp_path / "executed").exists()
+    short.path.unlink()
+    short.path.mkdir()
+    refuses(short("--resume", code=2), str(short.path))
+
+
+def test_one_flipped_bit_is_refused_or_without_any_effect(short, short_checkpoint):
+    """Refused where a checksum guards the byte; elsewhere, as in the dates of a zip, what is read must be the same."""
+    data = []
+    with zipfile.ZipFile(io.BytesIO(short_checkpoint)) as file:
+        for member in file.infolist():
+            name, extra = struct.unpack("<HH", short_checkpoint[member.header_offset + 26:member.header_offset + 30])
+            first = member.header_offset + 30 + name + extra
+            data.append(range(first, first + member.compress_size))
+    generator = random.Random(0)
+    guarded = [generator.choice(positions) for positions in data if positions]
+    inside = {k for positions in data for k in positions}
+    guarded += generator.sample(sorted(inside), 30)
+    others = generator.sample(sorted(set(range(len(short_checkpoint))) - inside), 60)
+    good, silent = torch.load(io.BytesIO(short_checkpoint), weights_only=True), []
+    for position in guarded + others:
+        content = bytearray(short_checkpoint)
+        content[position] ^= 1 << generator.randrange(8)
+        short.path.write_bytes(content)
+        try:
+            read = common.read_checkpoint(short.path)
+        except Exception:
+            continue
+        if position in guarded or not same(read, good):
+            silent.append(position)
+    assert not silent
+    content = bytearray(short_checkpoint)
+    content[guarded[0]] ^= 1
+    short.path.write_bytes(content)
+    refuses(short("--resume", code=2), str(short.path), "start without --resume")
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_no_tensor_of_any_script_s_checkpoint_may_be_damaged(name, tmp_path, capsys, monkeypatch):
+    """Each in turn not finite, or of another shape; and no state of training may lie outside what is checked."""
+    folder, _, values = whole(name)
+    state, one_run = checkpoint(folder, name), values["run"]
+    monkeypatch.setattr(one_run, "path", str(tmp_path / "damaged.pt"))
+    assert state.keys() == {"step", "seconds", "rng", "constants", "code", *one_run.parts}
+    tensors = {key: t for part in one_run.parts for key, t in common.tensors_in(state[part], part).items()}
+    assert len(tensors) > 10
+    for key in tensors:
+        for damage in ("value", "shape"):
+            damaged = torch.load(folder / f"{name}.pt", weights_only=True)
+            tensor = common.tensors_in(damaged)["." + key]
+            if damage == "shape":
+                tensor.resize_(len(tensor.shape) * (2,))
+            elif tensor.is_floating_point():
+                tensor.view(-1)[-1] = NAN
+            torch.save(damaged, one_run.path)
+            with pytest.raises(SystemExit):
+                one_run.load()
+            refuses(capsys.readouterr().err, one_run.path)
+    content = bytearray((folder / f"{name}.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "damaged.pt").write_bytes(content)
+    with pytest.raises(SystemExit):
+        one_run.load()
+    refuses(capsys.readouterr().err, one_run.path)
+
+
+def test_a_run_of_other_constants_or_none_is_refused(short):
+    short("--eps", "0.2")
+    refuses(short("--resume", code=2), "EPS was 0.2, is 0.1", "start without --resume")
+    refuses(short("--resume", "--seed", "1", code=2), "no checkpoint", "short_seed1.pt")
 
 
 # ------------------------------------------------------------------------------------------------ the mathematics
@@ -170,7 +601,7 @@ def test_langevin_with_f_zero_has_its_stationary_law_and_explodes_at_4_eps():
     assert y.mean().item() == pytest.approx(1.5, abs=4 * (eps / 2e4) ** 0.5)
     assert y.var().item() == pytest.approx(eps / (1 - eta / (4 * eps)), rel=0.03)  # twice eps: the bias at this step
     assert common.langevin(flat, x[:9], x[:9], eps, 4.2 * eps, 400).abs().max() > 1e3
-    cool = common.langevin(flat, x, x, eps, eta, 100, heat=0.25)
+    cool = common.langevin(flat, x, x, eps, eta, 100, temperature=0.25)
     assert cool.var().item() == pytest.approx(0.25 * eps / (1 - eta / (4 * eps)), rel=0.03)
     newton = common.langevin(flat, x[:9], x[:9] + 1, eps, 2 * eps, 1, temperature=0.0)  # one step, no noise
     assert torch.equal(newton, x[:9])
@@ -357,8 +788,14 @@ def test_potentials():
 
 # ------------------------------------------------------------------------------------------------ train_gauss.py
 
+@pytest.fixture
+def gauss():
+    """The script's globals; so below."""
+    return whole("gauss_dim3_eps1_seed0_smoke")[2]
+
+
 def test_gauss_table_knows_finished_cells_by_their_own_number_of_steps(tmp_path, gauss, monkeypatch):
-    read_finals, path = gauss[2]["read_finals"], tmp_path / "table.txt"
+    read_finals, path = gauss["read_finals"], tmp_path / "table.txt"
     monkeypatch.setitem(read_finals.__globals__, "LEAST_STEPS", 1000)
     monkeypatch.setitem(read_finals.__globals__, "DIM_STEPS", 6000)
     cells = (2, 3000), (3, 1000), (16, 1000), (64, 999)
@@ -369,10 +806,10 @@ def test_gauss_table_knows_finished_cells_by_their_own_number_of_steps(tmp_path,
 def test_gauss_closed_form_against_a_long_discrete_solve(gauss):
     """Both laws as weights on a fine grid, where sums are integrals to many digits, and Sinkhorn to convergence."""
     eps = 1.0
-    T = gauss[2]["exact_plan"](torch.eye(2).double(), 2 * torch.eye(2).double(), 1e9)[1]
+    T = gauss["exact_plan"](torch.eye(2).double(), 2 * torch.eye(2).double(), 1e9)[1]
     assert torch.allclose(1e9 * T, 2 * torch.eye(2).double(), rtol=1e-6)  # no cancellation: T tends to S1/eps
     S0, S1 = torch.tensor([[1.0, 0.5], [0.5, 0.7]]).double(), torch.tensor([[0.6, -0.3], [-0.3, 1.1]]).double()
-    plan, T = gauss[2]["exact_plan"](S0, S1, eps)
+    plan, T = gauss["exact_plan"](S0, S1, eps)
     grid = torch.cartesian_prod(*[torch.linspace(-5, 5, 39, dtype=torch.float64)] * 2)
     p, q = ((-(grid @ torch.linalg.inv(S) * grid).sum(1) / 2).softmax(0) for S in (S0, S1))
     p, q = ((w + 1e-300) / (w + 1e-300).sum() for w in (p, q))
@@ -391,7 +828,7 @@ def test_gauss_closed_form_against_a_long_discrete_solve(gauss):
 
 
 def test_gauss_uvp_by_hand(gauss):
-    uvp = gauss[2]["uvp"]
+    uvp = gauss["uvp"]
     corners = torch.tensor([[1.0, 1.0], [1, -1], [-1, 1], [-1, -1]])  # mean 0, covariance I
     eye, no = torch.eye(2).double(), torch.zeros(2).double()
     assert uvp(corners, no, eye) == pytest.approx(0, abs=1e-10)
@@ -406,7 +843,7 @@ def test_gauss_uvp_by_hand(gauss):
 
 def test_gauss_regression(gauss):
     torch.manual_seed(0)
-    g = gauss[2]
+    g = gauss
     slope, residual = torch.randn(3, 3), torch.diag(torch.tensor([1.0, 0.5, 0.8]))
     x = torch.randn(200_000, 3)
     pairs = torch.cat([x, x @ slope + torch.randn(200_000, 3) @ residual], 1)
@@ -415,6 +852,11 @@ def test_gauss_regression(gauss):
 
 
 # ------------------------------------------------------------------------------------------------ train_cmnist.py
+
+@pytest.fixture
+def cmnist():
+    return whole("cmnist_eps0.1_seed0_smoke")[2]
+
 
 def write_mnist(root, images, labels, train, cut=0):
     """As torchvision keeps MNIST: (n, 28, 28) and (n,) bytes."""
@@ -427,10 +869,10 @@ def write_mnist(root, images, labels, train, cut=0):
     (folder / f"{part}-labels-idx1-ubyte").write_bytes(header + labels.tobytes())
 
 
-def test_cmnist_gaussian_part_is_the_exact_plan(values_of_cmnist, monkeypatch):
+def test_cmnist_gaussian_part_is_the_exact_plan(cmnist, monkeypatch):
     """pi_f(.|x) = N(m1 + T (x - m0), eps T) with T^-1 = 1 - Hessian of f: it must carry N(m0, S0) to N(m1, S1)."""
     torch.manual_seed(0)
-    g, d, eps, noise = values_of_cmnist["translate"].__globals__, 6, 0.3, 0.2
+    g, d, eps, noise = cmnist["translate"].__globals__, 6, 0.3, 0.2
     for k, v in dict(EPS=eps, NOISE=noise, RANK=4, ETA=0.002).items():
         monkeypatch.setitem(g, k, v)
     in_four = torch.randn(4, d, dtype=torch.float64) * torch.tensor([[2.0], [1.0], [0.7], [0.5]])
@@ -449,10 +891,10 @@ def test_cmnist_gaussian_part_is_the_exact_plan(values_of_cmnist, monkeypatch):
     assert drift.abs().max() < 1e-3
 
 
-def test_cmnist_translation_cools_to_the_mode(values_of_cmnist, monkeypatch):
+def test_cmnist_translation_cools_to_the_mode(cmnist, monkeypatch):
     """f = -k|y|^2/2: hot, the biased law of Langevin's steps about x/(1+k); cooled, x/(1+k) itself."""
     torch.manual_seed(0)
-    g, eps, eta, k = values_of_cmnist["translate"].__globals__, 0.1, 0.04, 2.0
+    g, eps, eta, k = cmnist["translate"].__globals__, 0.1, 0.04, 2.0
     for key, v in dict(EPS=eps, ETA=eta, ROUNDS=40, COOLING=60, BATCH=10).items():
         monkeypatch.setitem(g, key, v)
     x = torch.full((10, 3, 32, 32), 0.6)
@@ -481,11 +923,6 @@ def test_digit_scores_by_hand():
     assert scores["spread"] == pytest.approx(4 / 48 / 2 ** 0.5) and scores["hue_err"] == pytest.approx(120, abs=0.1)
     assert scores["cost"] == pytest.approx((y - x[:, None]).square().sum((2, 3, 4)).mean().item() / 2)
     assert digits.digit_scores(x, x[:, None], x + 1)["shape"] == pytest.approx(1)  # nothing done
-
-
-@pytest.fixture
-def values_of_cmnist(cmnist):
-    return cmnist[2]
 
 
 def test_cmnist_reads_real_files_and_refuses_bad_ones(tmp_path, monkeypatch):
@@ -551,13 +988,13 @@ def test_synthetic_digits_are_twos_and_threes():
 # ------------------------------------------------------------------------------------------------ train_not.py
 
 @pytest.fixture
-def toy_globals(neural, monkeypatch):
+def toy_globals():
     """The toy script's globals, to be changed by monkeypatch.setitem; its functions read them."""
     torch.manual_seed(0)
-    return neural["not_moons_strong_convex1_smoke"][3]["transport"].__globals__
+    return whole("not_moons_strong_convex1_seed0_smoke")[2]["transport"].__globals__
 
 
-def test_not_diverging_is_said_and_the_good_checkpoint_kept(neural, tmp_path, monkeypatch):
+def test_not_diverging_is_said_and_the_good_checkpoint_kept(tmp_path, monkeypatch):
     update_ema, calls = common.update_ema, [0]
 
     def poisoned(average, net, *a):
@@ -567,9 +1004,11 @@ def test_not_diverging_is_said_and_the_good_checkpoint_kept(neural, tmp_path, mo
         return update_ema(average, net, *a)
 
     monkeypatch.setattr(common, "update_ema", poisoned)
-    monkeypatch.setattr(common.Progress, "save_due", lambda self: True)
-    refuses(here(*neural["not_moons_strong_convex1_smoke"][0], "--out", tmp_path, code=2)[0], "diverged", "--resume")
-    kept = torch.load(tmp_path / "not_moons_strong_convex1_smoke.pt", weights_only=True)
+    due = common.Run.due
+    monkeypatch.setattr(common.Run, "due", lambda self: due(self, every=0))
+    name = "not_moons_strong_convex1_seed0_smoke"
+    refuses(smoke(name, tmp_path, code=2)[0], "diverged", "step 6")
+    kept = checkpoint(tmp_path, name)
     parts = [kept[part] for part in ("T", "f", "T_avg", "f_avg")]
     assert kept["step"] == 5 and all(v.isfinite().all() for part in parts for v in part.values())
 
@@ -694,9 +1133,9 @@ def test_not_scores_by_hand(toy_globals, monkeypatch):
     assert all((m - x).square().sum(1).mean() < 0.01 for m in means) and floor < 0.01
 
 
-def test_descend_moves_one_network_in_any_layout(neural, monkeypatch):
+def test_descend_moves_one_network_in_any_layout(monkeypatch):
     """Fused Adam reads gradients in the weights' own layout; a gradient of other strides would be scrambled."""
-    unet_globals = neural["not_cmnist_strong_convex1_smoke"][3]["transport"].__globals__
+    unet_globals = whole("not_cmnist_strong_convex1_seed0_smoke")[2]["transport"].__globals__
     torch.manual_seed(0)
     monkeypatch.setitem(unet_globals, "NOISE", 0.0)
     x, first = torch.rand(5, 3, 32, 32) * 2 - 1, unet_globals["UNet"]()
@@ -1248,8 +1687,8 @@ def test_poisoned_and_foreign_files_are_refused_by_one_sentence_and_nothing_is_r
 # ------------------------------------------------------------------------------------------------ train_afhq_latent.py
 
 @pytest.fixture
-def values(afhq):
-    return afhq[2]
+def values():
+    return whole("afhq_cat_eps1_seed0_smoke")[2]
 
 
 def afhq_layout(folder, save, n=12):
@@ -1290,6 +1729,15 @@ def test_afhq_bad_data_and_generators(tmp_path, tiny):
     truncated(tmp_path / "data" / "train" / "cat" / "5x.jpg")
     refused("5x.jpg", "not a readable image")
     refused("no folder wild, only cat", "--source", source="wild")
+
+
+def test_afhq_other_data_are_refused(tmp_path):
+    name = "afhq_cat_eps1_seed0_smoke"
+    smoke(name, tmp_path)
+    Image.new("RGB", (32, 32)).save(tmp_path / f"{name}_data" / "train" / "cat" / "00003.png")
+    output, _ = smoke(name, tmp_path, "--resume", code=2)  # not the data it was trained on
+    refuses(output, "IMAGES was", "without --resume")
+    assert "does not fit the data" in output
 
 
 def test_afhq_foreign_generator(tmp_path):
