@@ -42,6 +42,13 @@ def load_digits(root, digit, train, synthetic=False):
     return F.pad(grey[:, None].float() / 255, (2, 2, 2, 2))
 
 
+def load_task(root, source, target, synthetic, generator, device):
+    """-> grey digits to train with, source and target (n, 1, 32, 32), and coloured ones to test with (n, 3, 32, 32)."""
+    grey = [load_digits(root, digit, train, synthetic).to(device) for train in (True, False)
+            for digit in (source, target)]
+    return *grey[:2], *(colorize(g, generator=generator) for g in grey[2:])
+
+
 def synthetic_digits(digit, n, generator):
     """2s or 3s made up for tests without data, (n, 1, 32, 32) in [0,1]: strokes of a pen, of random size, slant, place
     and thickness."""

@@ -71,13 +71,8 @@ name = os.path.join(args.out, f"cmnist_eps{EPS:g}_seed{SEED}" + "_smoke" * args.
 
 # ---------------------------------------------------------------------------------------------- data
 
-def load(train):
-    return (digits.load_digits(args.data, d, train, args.smoke).to(device) for d in (SOURCE_DIGIT, TARGET_DIGIT))
-
-
-grey_sources, grey_targets = load(True)
-test_generator = torch.Generator().manual_seed(TEST_SEED)
-test_x, test_real = (digits.colorize(grey, generator=test_generator) for grey in load(False))
+grey_sources, grey_targets, test_x, test_real = digits.load_task(
+    args.data, SOURCE_DIGIT, TARGET_DIGIT, args.smoke, torch.Generator().manual_seed(TEST_SEED), device)
 BATCH, RANK = min(BATCH, len(grey_sources)), min(RANK, len(grey_sources) + len(grey_targets))
 CONSTANTS = common.constants_of(globals())
 
