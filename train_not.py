@@ -6,28 +6,24 @@
     convex       psi(y) = |y|^2/2 - f(y) ought to be convex: the loss of f gets, times --convex, the mean over pairs
                  y1, y2 and t ~ U(0, 1) of ReLU(psi(t y1 + (1-t) y2) - t psi(y1) - (1-t) psi(y2))
     inverse      strong: y -> grad psi(y) = y - grad f(y), because T(x) minimises |x-y|^2/2 - f(y) over y.  It needs a
-                 smooth f and, where T tears P apart, a psi that is right across the gap: hence --convex 1, where the
-                 published 0.01 leaves round_trip ten times larger
+                 smooth f, and a psi that is right in the gaps of Q too: hence --convex 1, not the published 0.01
 
     python train_not.py                       40 s on one CPU core, 30 s of them training, 1 GiB
     python train_not.py --cost weak           65 s, 50 s of them training
     python train_not.py --data-set cmnist     12 minutes on one CPU core, 1 GiB
     python train_not.py --smoke               the same path in seconds
 
-Data sets: moons and roll, N(0, I) to two moons or to the swiss roll of train_toy.py, and cmnist, the digits of
-train_cmnist.py.  Writes beside itself (or under --out) not_moons_strong_convex1_seed0.pt, which --resume carries on
-from, the figure (.png) and, of digits, _pairs.pt = {"x": (N,3,32,32), "y": (N,M,3,32,32)}: every test 2 and M
-translations of it.
+Data sets: from N(0, I) to two moons or to the swiss roll of train_toy.py, or the digits of train_cmnist.py.  Writes
+beside itself (or under --out) not_moons_strong_convex1_seed0.pt, which --resume carries on from, the figure (.png) and,
+of digits, _pairs.pt = {"x": (N,3,32,32), "y": (N,M,3,32,32)}: every test 2 and M translations of it.
 
-The last line's scores in 2-D; each ratio is an error over the same error between two discrete solves or samples.  Those
-of digits are in digits.digit_scores.
+The last line's scores in 2-D (of digits: see digits.digit_scores); a ratio is an error over that of discrete solves:
     map_ratio       mean |T(x) - m(x)|^2 (weak: E_z T), m(x) the mean of POT's exact plan at x, a sample of the solve;
-                    map_floor is that of two solves that share x
-    marg_ratio      W2^2 from the distribution of T(x) to Q
+                    over map_floor, that of two solves that share x
+    marg_ratio      W2^2 from the distribution of T(x) to Q, over that between two samples of Q
     jensen          mean violation of convexity by psi over held-out pairs of Q; violated: the share of pairs
     round_trip      strong: mean |x - grad psi(T(x))|^2; _median over x: of a torn map the error sits at the tear
-    inv_ratio       strong: mean |grad psi(y) - m(y)|^2, m now of plans that share y
-    inv_marg_ratio  strong: W2^2 from the distribution of grad psi(y) to P
+    inv_ratio, inv_marg_ratio    strong: the same as map_ratio and marg_ratio for grad psi, from Q to P
 """
 import common  # first, so that Ctrl-C during the slow imports below ends without a traceback
 
@@ -70,9 +66,8 @@ WARMUP = 100             # steps
 EMA_DECAY = 0.998        # of both networks' weights, per step
 NOISE, N_GRADS = 0.0, 1  # f sees y + NOISE N(0, I); grad psi is the mean of N_GRADS gradients, each with its own noise
 SOURCES = 2 ** 17        # samples to draw from, spread evenly over each batch
-REFERENCE_N = 500 if WEAK else 2000  # of the discrete solves; POT's weak solver is slow
-REFERENCE_SEED = 1
-WEAK_STEPS = 100         # of POT's weak solver
+REFERENCE_N, REFERENCE_SEED = 500 if WEAK else 2000, 1  # samples of the discrete solves
+WEAK_STEPS = 100         # of POT's weak solver, which is slow
 TEST_Z = 500             # samples of z in E_z T(x,z)
 if DIGITS:
     STEPS, T_STEPS, WARMUP, EMA_DECAY = 1600, 3, 50, 0.99
@@ -80,7 +75,6 @@ if DIGITS:
     LR, Z = 5e-4, 1 * WEAK
     WIDTH, F_WIDTH, BLOCKS = 16, 32, 2  # channels of the UNet at 32 x 32 and of the ResNet; residual blocks at 8 x 8
     NOISE, N_GRADS = 0.2, 16  # E f(y + noise) is a smooth potential of y, so that the problem is still the same
-    SOURCE_DIGIT, TARGET_DIGIT = 2, 3
     TRANSLATIONS, SHOWN = 4 if WEAK else 1, 8  # of each test image; rows of the figure
 if args.smoke:
     STEPS, T_STEPS, BATCH, WIDTH, F_WIDTH, SHOWN, N_GRADS = 12, 2, 8, 8, 4, 3, 2
@@ -119,8 +113,7 @@ def batch(data):
 
 test_generator = torch.Generator().manual_seed(REFERENCE_SEED)
 if DIGITS:
-    sources, targets, test_x, test_real = digits.load_task(args.data, SOURCE_DIGIT, TARGET_DIGIT, args.smoke,
-                                                           test_generator, device)
+    sources, targets, test_x, test_real = digits.load_task(args.data, 2, 3, args.smoke, test_generator, device)
     BATCH = min(BATCH, len(sources), len(targets))
 else:
     target = {"moons": moons, "roll": roll}[DATA_SET]
@@ -227,7 +220,7 @@ def mean_square(a, b):
 
 
 def discrete(x, ys):
-    """POT's plans from x to two samples ys: -> the means of y at each x [(n, 2)], mean |difference|^2 between the two."""
+    """POT's plans from x to two samples ys: -> the means of y at each x [(n, 2)] and the mean |difference|^2 of these."""
     means = []
     for y in ys:
         a, b = x.double().numpy(), y.double().numpy()
@@ -242,7 +235,6 @@ def error_ratio(y, means, floor):
     return sum(mean_square(y, m) for m in means) / 2 / floor
 
 
-@torch.no_grad()
 def mean_map(x):
     """E_z T(x,z), the same z at every call: (n, ...) -> (n, ...)."""
     generator = torch.Generator().manual_seed(REFERENCE_SEED)
@@ -250,7 +242,6 @@ def mean_map(x):
     return torch.cat([transport(T_avg, part, TEST_Z if WEAK else 1, generator).mean(1) for part in parts])
 
 
-@torch.no_grad()
 def convexity(pool, n):
     """Mean violation, in units of the cost, and share of violated pairs among n random pairs of held-out targets."""
     y1, y2 = (pool[torch.randint(len(pool), (n,), generator=test_generator)].to(device) for _ in range(2))
@@ -263,8 +254,8 @@ def convexity(pool, n):
 
 T, T_avg = (UNet() if DIGITS else map_network() for _ in range(2))
 f, f_avg = (common.ResNet(32, 3, F_WIDTH, 0, SCALE) if DIGITS else common.MLP(2, WIDTH, 2, SCALE) for _ in range(2))
-for net in (T, T_avg, f, f_avg):
-    net.to(device, memory_format=torch.channels_last)  # of convolutions
+for net, trained in ((T, True), (T_avg, False), (f, True), (f_avg, False)):
+    net.to(device, memory_format=torch.channels_last).requires_grad_(trained)
 if not DIGITS:
     torch.randn(SOURCES, Z, device=device)  # unused: without it later random numbers, and so the weak results, change
     f.init_first_layer_at(targets, SHARPNESS)
@@ -272,13 +263,13 @@ T_avg.load_state_dict(T.state_dict())
 f_avg.load_state_dict(f.state_dict())
 opt_T, opt_f = (torch.optim.Adam(net.parameters(), lr=LR, betas=BETAS, fused=True) for net in (T, f))
 params = sum(p.numel() for net in (T, f) for p in net.parameters())
-print(f"{DATA_SET}, cost {COST}, convex {CONVEX:g}: two networks of {params} parameters together")
 if not DIGITS:
     p_fresh, q_fresh = ([law(REFERENCE_N, test_generator) for _ in range(2)] for law in (normal, target))
     test_x = p_fresh[0]
     means, map_floor = discrete(test_x, q_fresh)
     inv_reference = None if WEAK else discrete(q_fresh[0], p_fresh)
-    print(f"discrete references on {REFERENCE_N} samples: {time.perf_counter() - start_time:.0f} s")
+print(f"{DATA_SET}, cost {COST}, convex {CONVEX:g}: two networks of {params} parameters together, after "
+      f"{time.perf_counter() - start_time:.0f} s for data and references")
 
 parts = {"T": T, "f": f, "T_avg": T_avg, "f_avg": f_avg, "opt_T": opt_T, "opt_f": opt_f}
 run = common.Run(args, name + ".pt", parts, STEPS, LOG_EVERY, CONSTANTS, "lower LR or take more T_STEPS")
@@ -316,8 +307,7 @@ def draw_pairs(axis, x, y, title, n=300):
 
 title = f"Neural OT, {DATA_SET}, {COST} cost, convexity weight {CONVEX:g}, {run.step} steps, {run.seconds:.0f} s"
 if DIGITS:
-    with torch.no_grad():
-        y = torch.cat([transport(T_avg, part, TRANSLATIONS).clamp(-1, 1) for part in test_x.split(100)])
+    y = torch.cat([transport(T_avg, part, TRANSLATIONS).clamp(-1, 1) for part in test_x.split(100)])
     scores = digits.digit_scores(test_x, y, test_real) | convexity(test_real.cpu(), 1000)
     digits.save_pairs(f"{name}_pairs.pt", test_x, y)
     rows = torch.linspace(0, len(test_x) - 1, SHOWN * (1 if WEAK else 4)).long()
@@ -327,15 +317,14 @@ if DIGITS:
         scores["round_trip"] = mean_square(test_x, inverse(f_avg, y[:, 0]))
         some = test_real[:2 * SHOWN]
         panels.append((torch.stack([some, inverse(f_avg, some)], 1).flatten(0, 1), 4,
-                       f"real test {TARGET_DIGIT}s, and right of\neach its inverse grad psi"))
-    panels.append((test_real[-2 * SHOWN:], 2, f"real test {TARGET_DIGIT}s"))
-    title += f"\ncost {scores['cost']:.0f} (discrete OT {scores['ot_cost']:.0f}), hue error {scores['hue_err']:.1f} degrees"
+                       "real test 3s, and right of\neach its inverse grad psi"))
+    panels.append((test_real[-2 * SHOWN:], 2, "real test 3s"))
+    title += f"\ncost {scores['cost']:.0f} (exact OT {scores['ot_cost']:.0f}), hue error {scores['hue_err']:.1f}°"
     digits.save_panels(name + ".png", title, *panels)
 else:
     x = test_x.to(device)
     mapped = mean_map(x)
-    with torch.no_grad():
-        pushed = transport(T_avg, x, 1, test_generator)[:, 0].cpu()
+    pushed = transport(T_avg, x, 1, test_generator)[:, 0].cpu()
     marg_ratio = sum(w2(pushed, q) for q in q_fresh) / 2 / w2(*q_fresh)
     scores = {"map_ratio": error_ratio(mapped.cpu(), means, map_floor), "map_floor": map_floor,
               "marg_ratio": marg_ratio, **convexity(torch.cat(q_fresh), 4000)}
@@ -353,14 +342,13 @@ else:
                                (axes[0, 1], pushed, f"transport of the same x (marg_ratio {marg_ratio:.2f})")):
         axis.scatter(*points.T, s=3, c=hue, cmap="hsv")
         axis.set(title=what, **limits)
-    draw_pairs(axes[0, 2], test_x, mapped.cpu(), f"x to {'E T(x, z)' if WEAK else 'T(x)'} (map_ratio {scores['map_ratio']:.2f})")
+    draw_pairs(axes[0, 2], test_x, mapped.cpu(), f"x to {'E ' * WEAK}T (map_ratio {scores['map_ratio']:.2f})")
     draw_pairs(axes[1, 2], test_x, means[0], f"discrete OT, n = {REFERENCE_N}, of the same x" + ": E[y | x]" * WEAK)
     draw_pairs(axes[1, 0], *((test_x, pushed, "x to T(x, z), one z each") if WEAK else
                              (back[0], q_fresh[0], f"y to grad $\\psi(y)$ (round_trip {scores['round_trip']:.3f})")))
     ticks = torch.linspace(-3, 3, 200)
     points = torch.cartesian_prod(ticks, ticks)
-    with torch.no_grad():
-        psi = (points.square().sum(1) / 2 - f_avg(points.to(device)).cpu()).view(200, 200)
+    psi = (points.square().sum(1) / 2 - f_avg(points.to(device)).cpu()).view(200, 200)
     picture = axes[1, 1].contourf(ticks, ticks, (psi - psi.min()).sqrt().T, 30, cmap="magma")
     fig.colorbar(picture, ax=axes[1, 1], shrink=0.85)
     axes[1, 1].scatter(*q_fresh[0][:500].T, s=1, c="w")
