@@ -220,7 +220,7 @@ def mean_square(a, b):
 
 
 def discrete(x, ys):
-    """POT's plans from x to two samples ys: -> the means of y at each x [(n, 2)] and the mean |difference|^2 of these."""
+    """POT's plans from x to two samples ys: -> the means of y at each x [(n, 2)], and mean |m - m'|^2 of these two."""
     means = []
     for y in ys:
         a, b = x.double().numpy(), y.double().numpy()
@@ -319,7 +319,7 @@ if DIGITS:
         panels.append((torch.stack([some, inverse(f_avg, some)], 1).flatten(0, 1), 4,
                        "real test 3s, and right of\neach its inverse grad psi"))
     panels.append((test_real[-2 * SHOWN:], 2, "real test 3s"))
-    title += f"\ncost {scores['cost']:.0f} (exact OT {scores['ot_cost']:.0f}), hue error {scores['hue_err']:.1f}°"
+    title += f"\ncost {scores['cost']:.0f} (exact {scores['ot_cost']:.0f}), hue error {scores['hue_err']:.1f} degrees"
     digits.save_panels(name + ".png", title, *panels)
 else:
     x = test_x.to(device)
