@@ -48,9 +48,9 @@ BATCH = 64               # chains moved per step, and real digits per step
 N_LANGEVIN = 10          # Langevin steps of a chain per training step
 NOISE = min(0.2, math.sqrt(EPS))  # added to real digits; the plan scatters by sqrt(EPS), more is not decodable from x
 ETA = min(NOISE ** 2 / 2, 0.2 * EPS)  # Langevin step, fine enough for the noise and the plan; 0.4 EPS diverged at 0.01
-BOX = 3.0                # pixels are clipped to +-BOX: a chain thrown out where f is too steep for ETA teaches f so
+BOX = 3.0                # pixels are clipped to +-BOX: a chain thrown out where f is too steep stays, and flattens f
 AT_WALL = 0.05           # share of clipped pixels that counts as divergence; healthy runs stay below 0.0002
-RESTART = 0.03           # share of chains restarted per step at y = x in a new colour: they live 330 steps, as at test
+RESTART = 0.03           # share of chains restarted per step, at y = x in a new colour: 330 Langevin steps, as at test
 RANK = 128               # pixel-space directions whose covariance the Gaussian part knows; the rest share one variance
 WIDTH, DEPTH = 32, 0     # of the ResNet: with residual blocks (16 or 24 wide) it learned less in the same two minutes
 SCALE = EPS / ETA        # of the net: a Langevin step then moves a chain by grad net / 2, whatever EPS

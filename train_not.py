@@ -184,7 +184,7 @@ def f_loss(f, y_real, y_made):
     gap = out[:len(y_real)].mean() - out[len(y_real):].mean()
     if not CONVEX:
         return -gap, gap
-    pool = torch.cat([y_real, y_made])  # real with made ones too: psi must be right between Q and where T still is
+    pool = torch.cat([y_real, y_made])  # made ones too: psi must also be convex between Q and where T still is
     rows = torch.randperm(len(pool), device=pool.device)[:2 * min(BATCH, len(pool) // 2)]
     y1, y2 = pool[rows].chunk(2)
     noise = noisy(torch.zeros_like(y1))  # one for y1 and y2: the term linear in y that it adds to psi violates nothing
@@ -266,7 +266,7 @@ params = sum(p.numel() for net in (T, f) for p in net.parameters())
 if not DIGITS:
     p_fresh, q_fresh = ([law(REFERENCE_N, test_generator) for _ in range(2)] for law in (normal, target))
     test_x = p_fresh[0]
-    means, map_floor = discrete(test_x, q_fresh)
+    map_means, map_floor = discrete(test_x, q_fresh)
     inv_reference = None if WEAK else discrete(q_fresh[0], p_fresh)
 print(f"{DATA_SET}, cost {COST}, convex {CONVEX:g}: two networks of {params} parameters together, after "
       f"{time.perf_counter() - start_time:.0f} s for data and references")
@@ -290,19 +290,19 @@ for step in run.steps():
             truth = {"hue_err": digits.hue_error(x, y[:, 0]).median(), "off_colour": digits.off_colour(y[:, 0])}
         else:
             mapped = mean_map(test_x[:100].to(device)).cpu()
-            truth = {"map_ratio": error_ratio(mapped, [m[:100] for m in means], map_floor)}
+            truth = {"map_ratio": error_ratio(mapped, [m[:100] for m in map_means], map_floor)}
         run.log({"gap": 1e3 * SCALE, "y": 1e3, "max_param": 1e3}, gap=gap, convex=loss_f + gap, cost=cost_of(x, y),
                 y=y.square().mean().sqrt(), real=y_real.square().mean().sqrt(), max_param=common.max_param(f, T),
                 **truth)
 
 # ---------------------------------------------------------------------------------------------- scores and figure
 
-def draw_pairs(axis, x, y, title, n=300):
+def draw_pairs(axis, x, y, what, n=300):
     axis.add_collection(LineCollection(torch.stack([x, y], 1)[:n].numpy(), colors="0.6", linewidths=0.4))
     axis.scatter(*x[:n].T, s=4, c="tab:blue", label="x")
     axis.scatter(*y[:n].T, s=4, c="tab:red", label="y")
     axis.legend(loc="upper right")
-    axis.set(title=title, **limits)
+    axis.set(title=what, **limits)
 
 
 title = f"Neural OT, {DATA_SET}, {COST} cost, convexity weight {CONVEX:g}, {run.step} steps, {run.seconds:.0f} s"
@@ -326,7 +326,7 @@ else:
     mapped = mean_map(x)
     pushed = transport(T_avg, x, 1, test_generator)[:, 0].cpu()
     marg_ratio = sum(w2(pushed, q) for q in q_fresh) / 2 / w2(*q_fresh)
-    scores = {"map_ratio": error_ratio(mapped.cpu(), means, map_floor), "map_floor": map_floor,
+    scores = {"map_ratio": error_ratio(mapped.cpu(), map_means, map_floor), "map_floor": map_floor,
               "marg_ratio": marg_ratio, **convexity(torch.cat(q_fresh), 4000)}
     if not WEAK:
         back = [inverse(f_avg, q.to(device)).cpu() for q in q_fresh]
@@ -343,7 +343,7 @@ else:
         axis.scatter(*points.T, s=3, c=hue, cmap="hsv")
         axis.set(title=what, **limits)
     draw_pairs(axes[0, 2], test_x, mapped.cpu(), f"x to {'E ' * WEAK}T (map_ratio {scores['map_ratio']:.2f})")
-    draw_pairs(axes[1, 2], test_x, means[0], f"discrete OT, n = {REFERENCE_N}, of the same x" + ": E[y | x]" * WEAK)
+    draw_pairs(axes[1, 2], test_x, map_means[0], f"discrete OT, n = {REFERENCE_N}, of the same x" + ": E[y | x]" * WEAK)
     draw_pairs(axes[1, 0], *((test_x, pushed, "x to T(x, z), one z each") if WEAK else
                              (back[0], q_fresh[0], f"y to grad $\\psi(y)$ (round_trip {scores['round_trip']:.3f})")))
     ticks = torch.linspace(-3, 3, 200)
