@@ -250,11 +250,13 @@ def test_afhq():
     folder, output, values = whole(name)
     assert written(folder) == {f"{name}.pt", f"{name}.png", f"{name}_data", "translated"}
     pictures = sorted(os.listdir(folder / "translated"))
-    assert len(pictures) == 6 * values["PER_IMAGE"] and pictures[0] == "val_cat_00024_0.png"
-    z, shown = values["z"][:1], np.asarray(Image.open(folder / "translated" / pictures[0])) / 255.0
+    assert len(pictures) == 6 * values["PER_IMAGE"] and pictures[0] == "00000_00024_0.png"
+    z, shown = values["translations"][:1], np.asarray(Image.open(folder / "translated" / pictures[0])) / 255.0
     assert np.abs(shown - values["full_images"](z)[0].clamp(0, 1).permute(1, 2, 0).numpy()).max() < 0.51 / 255
-    assert final(output)["cost"] == pytest.approx(values["mean_cost"](values["test_rows"], values["z"]), rel=1e-3)
-    assert "using " in smoke(name, folder, "--resume")[0]  # the cache of decoded images
+    x, y = values["photographs"](values["test_rows"]), values["images"](values["translations"])
+    assert final(output)["cost"] == pytest.approx(values["AREA"] * (x - y).square().sum(1).mean().item() / 2, rel=1e-3)
+    with Image.open(folder / f"{name}.png") as picture:
+        assert picture.size == (6 * 256, 6 * 256)  # six sources, each with five translations
 
 
 if __name__ == "__main__":

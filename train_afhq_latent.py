@@ -181,7 +181,7 @@ def list_images():
 
 
 def decode(path):
-    """The central square, averaged down: bytes (SIDE, SIDE, 3)."""
+    """A file's central square, averaged down: (SIDE, SIDE, 3) bytes."""
     try:
         with Image.open(path) as image:  # reads the header only
             if image.mode[0] in "IF":
@@ -203,8 +203,7 @@ with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
         pixels = torch.from_numpy(np.stack(list(threads.map(decode, train + held_out))))  # (n, SIDE, SIDE, 3)
     except ValueError as error:
         common.fail(str(error))
-described = [(os.path.relpath(path, args.data), os.path.getsize(path)) for path in train + held_out]
-CONSTANTS["IMAGES"] = hashlib.sha256(repr(described).encode()).hexdigest()[:16]
+CONSTANTS["IMAGES"] = hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:16]  # resumed with these only
 
 
 # ---------------------------------------------------------------------------------------------- cost
