@@ -10,6 +10,7 @@ import hashlib
 import io
 import math
 import os
+import pathlib
 import pickle
 import pickletools
 import random
@@ -70,30 +71,32 @@ def test_bad_eps_and_dim_of_the_scripts(tmp_path):
 
 def test_a_console_of_ascii_and_paths_beyond_it(tmp_path):
     """Both in a folder whose name is no valid UTF-8, and a letter that ASCII lacks."""
+    def on_ascii(*options):
+        done = subprocess.run(command("train_toy.py", "--smoke", *options), capture_output=True, timeout=150,
+                              env={**os.environ, "PYTHONIOENCODING": "ascii"})
+        assert b"Traceback" not in done.stderr and done.stdout.isascii() and done.stderr.isascii(), done.stderr
+        return done.returncode, (done.stdout + done.stderr).decode()
+
     folder = os.fsdecode(os.fsencode(str(tmp_path)) + "/größe".encode() + b"\xff")
-    done = subprocess.run([sys.executable, os.path.join(HERE, "train_toy.py"), "--smoke", "--out", folder],
-                          env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, timeout=150)
-    assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
-    assert b"gr\\xf6\\xdfe\\udcff" in done.stdout and done.stdout.isascii()
+    code, output = on_ascii("--out", folder)
+    assert code == 0 and "gr\\xf6\\xdfe\\udcff" in output
     assert checkpoint(folder, "toy_eps0.1_seed0_smoke")["step"] == 30
-    done = subprocess.run([sys.executable, os.path.join(HERE, "train_toy.py"), "--out", os.path.join(__file__, folder)],
-                          env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, timeout=150)
-    assert done.returncode == 2
-    refuses(done.stderr.decode("ascii"), "--out")
+    code, output = on_ascii("--out", os.path.join(__file__, "größe"))
+    assert code == 2
+    refuses(output, "--out")
 
 
-@pytest.mark.parametrize("script, moment", [("train_toy.py", "numpy"), ("train_gauss.py", "libtorch_cpu"),
-                                            ("train_cmnist.py", "matplotlib"), ("train_not.py", "libtorch_python"),
-                                            ("train_afhq_latent.py", None), ("eval_fid.py", "libtorch_cpu")])
-def test_ctrl_c_during_the_imports(script, moment, tmp_path):
-    """The signal comes as a library of that name is mapped into the process, or after 0.3 s."""
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
+@pytest.mark.parametrize("script, library", [("train_toy.py", "numpy"), ("train_gauss.py", "libtorch_cpu"),
+                                             ("train_cmnist.py", "matplotlib"), ("train_not.py", "libtorch_python"),
+                                             ("train_afhq_latent.py", "_lzma"), ("eval_fid.py", "libtorch_cpu")])
+def test_ctrl_c_during_the_imports(script, library, tmp_path):
+    """The signal comes as a library of that name is mapped into the process."""
     options = ["missing", "too"] if script == "eval_fid.py" else ["--smoke", "--out", str(tmp_path)]
-    process = subprocess.Popen([sys.executable, os.path.join(HERE, script), *options], cwd=tmp_path,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + (20 if moment else 0.3)
-    while time.monotonic() < deadline and process.poll() is None:
-        if moment and moment in open(f"/proc/{process.pid}/maps").read():
-            break
+    process = subprocess.Popen(command(script, *options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while library not in pathlib.Path(f"/proc/{process.pid}/maps").read_text() and process.poll() is None:
+        assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
@@ -339,17 +342,13 @@ def test_a_disk_full_at_a_fresh_start_leaves_the_earlier_checkpoint(tmp_path, sh
     assert final(short("--resume"))["steps"] == 30
 
 
-@pytest.mark.parametrize("ending", [".pt.tmp", ".pt", ".pt.old"])
+@pytest.mark.parametrize("ending", [".pt.tmp", ".pt.old"])
 def test_a_folder_in_the_way(ending, tmp_path, short):
     short()
-    short.path.replace(tmp_path / "kept.pt")
-    if ending != ".pt":
-        shutil.copy(tmp_path / "kept.pt", short.path)
     (tmp_path / f"short_seed0{ending}" / "inside").mkdir(parents=True)
     refuses(short(code=2), "cannot write", "short_seed0.pt")
     assert (tmp_path / f"short_seed0{ending}" / "inside").exists()
-    if ending != ".pt":
-        assert torch.load(short.path, weights_only=True)["step"] == 30
+    assert torch.load(short.path, weights_only=True)["step"] == 30
 
 
 def test_readme_example_copies_into_another_project(tmp_path):
@@ -502,62 +501,66 @@ def test_files_that_are_no_checkpoint_are_refused_and_left_alone(tmp_path, short
 
 def test_one_flipped_bit_is_refused_or_without_any_effect(short, short_checkpoint):
     """Refused where a checksum guards the byte; elsewhere, as in the dates of a zip, what is read must be the same."""
-    data = []
+    generator, guarded = random.Random(0), set()
     with zipfile.ZipFile(io.BytesIO(short_checkpoint)) as file:
         for member in file.infolist():
-            name, extra = struct.unpack("<HH", short_checkpoint[member.header_offset + 26:member.header_offset + 30])
-            first = member.header_offset + 30 + name + extra
-            data.append(range(first, first + member.compress_size))
-    generator = random.Random(0)
-    guarded = [generator.choice(positions) for positions in data if positions]
-    inside = {k for positions in data for k in positions}
-    guarded += generator.sample(sorted(inside), 30)
-    others = generator.sample(sorted(set(range(len(short_checkpoint))) - inside), 60)
+            lengths = short_checkpoint[member.header_offset + 26:member.header_offset + 30]  # of the name, of padding
+            first = member.header_offset + 30 + sum(struct.unpack("<HH", lengths))
+            guarded.update(range(first, first + member.compress_size))
+    rest = sorted(set(range(len(short_checkpoint))) - guarded)
+    flips = [(k, generator.randrange(8)) for k in generator.sample(sorted(guarded), 50) + generator.sample(rest, 50)]
+    flips += [(entry.start() + 38, 4) for entry in re.finditer(b"PK\x01\x02", short_checkpoint)]  # calls it a folder
     good, silent = torch.load(io.BytesIO(short_checkpoint), weights_only=True), []
-    for position in guarded + others:
+    for k, bit in flips:
         content = bytearray(short_checkpoint)
-        content[position] ^= 1 << generator.randrange(8)
+        content[k] ^= 1 << bit
         short.path.write_bytes(content)
         try:
-            read = common.read_checkpoint(short.path)
+            if k in guarded or not same(common.read_checkpoint(short.path), good):
+                silent.append((k, bit))
         except Exception:
-            continue
-        if position in guarded or not same(read, good):
-            silent.append(position)
+            refused = content
     assert not silent
-    content = bytearray(short_checkpoint)
-    content[guarded[0]] ^= 1
-    short.path.write_bytes(content)
+    short.path.write_bytes(refused)
     refuses(short("--resume", code=2), str(short.path), "start without --resume")
 
 
+def replaced(state, old, new):
+    """Nested dicts and lists with one of their members replaced."""
+    if isinstance(state, dict):
+        return {k: replaced(v, old, new) for k, v in state.items()}
+    if isinstance(state, list):
+        return [replaced(v, old, new) for v in state]
+    return new if state is old else state
+
+
 @pytest.mark.parametrize("name", RUNS)
-def test_no_tensor_of_any_script_s_checkpoint_may_be_damaged(name, tmp_path, capsys, monkeypatch):
+def test_no_tensor_of_a_script_s_checkpoint_may_be_damaged(name, tmp_path, capsys, monkeypatch):
     """Each in turn not finite, or of another shape; and no state of training may lie outside what is checked."""
     folder, _, values = whole(name)
     state, one_run = checkpoint(folder, name), values["run"]
-    monkeypatch.setattr(one_run, "path", str(tmp_path / "damaged.pt"))
     assert state.keys() == {"step", "seconds", "rng", "constants", "code", *one_run.parts}
-    tensors = {key: t for part in one_run.parts for key, t in common.tensors_in(state[part], part).items()}
+    tensors = [t for part in one_run.parts for t in common.tensors_in(state[part]).values()]
     assert len(tensors) > 10
-    for key in tensors:
-        for damage in ("value", "shape"):
-            damaged = torch.load(folder / f"{name}.pt", weights_only=True)
-            tensor = common.tensors_in(damaged)["." + key]
-            if damage == "shape":
-                tensor.resize_(len(tensor.shape) * (2,))
-            elif tensor.is_floating_point():
-                tensor.view(-1)[-1] = NAN
-            torch.save(damaged, one_run.path)
-            with pytest.raises(SystemExit):
-                one_run.load()
-            refuses(capsys.readouterr().err, one_run.path)
+    monkeypatch.setattr(one_run, "path", str(tmp_path / "damaged.pt"))
+
+    def is_refused():
+        with pytest.raises(SystemExit):
+            one_run.load()
+        refuses(capsys.readouterr().err, one_run.path)
+
+    for tensor in tensors:
+        torch.save(replaced(state, tensor, torch.zeros((2,) * (tensor.dim() + 1), dtype=tensor.dtype)), one_run.path)
+        is_refused()
+        if tensor.is_floating_point():
+            damaged = tensor.clone()
+            damaged.view(-1)[-1] = NAN
+            torch.save(replaced(state, tensor, damaged), one_run.path)
+            is_refused()
     content = bytearray((folder / f"{name}.pt").read_bytes())
     content[len(content) // 2] ^= 1
     (tmp_path / "damaged.pt").write_bytes(content)
-    with pytest.raises(SystemExit):
-        one_run.load()
-    refuses(capsys.readouterr().err, one_run.path)
+    is_refused()
 
 
 def test_a_run_of_other_constants_or_none_is_refused(short):
