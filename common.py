@@ -57,6 +57,36 @@ class MLP(nn.Module):
         first.bias.copy_(-(first.weight * at).sum(1))
 
 
+class Heads(nn.Module):
+    """f(y) = scale * sum_h net_h(W_h y), each net_h an MLP of two inputs: (B, dim) -> (B,).
+
+    Potentials of independent parts of y add up, and W, which starts as random rotations, learns where the parts are."""
+
+    def __init__(self, dim, heads, width=32, depth=3, scale=1.0, inputs=2):
+        super().__init__()
+        rotations = [torch.linalg.qr(torch.randn(dim, dim))[0] for _ in range(-(-heads * inputs // dim))]
+        self.W = nn.Parameter(torch.cat(rotations)[:heads * inputs])
+        self.scale, sizes = scale, [inputs] + [width] * depth
+        self.weights = nn.ParameterList(torch.empty(heads, a, b).uniform_(-1, 1) / a ** 0.5 for a, b in zip(sizes, sizes[1:]))
+        self.biases = nn.ParameterList(torch.empty(heads, 1, b).uniform_(-1, 1) / a ** 0.5 for a, b in zip(sizes, sizes[1:]))
+        self.last = nn.Parameter(torch.empty(heads, width, 1).uniform_(-1, 1) / (heads * width) ** 0.5)
+        self.flops = 2 * sum(w.numel() for w in (self.W, *self.weights, self.last))  # of one forward pass of one sample
+
+    def forward(self, y):
+        h = (y @ self.W.T).view(len(y), len(self.last), -1).transpose(0, 1)  # (heads, B, inputs)
+        for weight, bias in zip(self.weights, self.biases):
+            h = F.silu(torch.baddbmm(bias, h, weight))
+        return self.scale * (h @ self.last).sum(0).squeeze(1)
+
+    @torch.no_grad()
+    def init_first_layer_at(self, y, sharpness):
+        """As that of MLP, for each head."""
+        first, bias = self.weights[0].normal_(0, sharpness), self.biases[0]
+        at = y[torch.randint(len(y), (len(first), first.shape[2]), device=y.device)]  # (heads, width, dim)
+        at = torch.einsum("hwd,hid->hiw", at, self.W.view(len(first), -1, y.shape[1]))
+        bias.copy_(-(first * at).sum(1, keepdim=True))
+
+
 class ResNet(nn.Module):
     """f(y) = scale * net(y) for images (B, channels, side, side), side a multiple of 8 -> (B,).
 
@@ -124,30 +154,66 @@ def langevin(f, x, y, eps, eta, n_steps, cost=quadratic_cost, temperature=1.0):
 def mala(f, x, y, eps, eta, n_steps, cost=quadratic_cost, precond=None):
     """Langevin steps with Metropolis' accept/reject: exact for any eta, and no chain can blow up.
 
+    eps      a float, or one temperature per chain (B,)
     eta      a float, a 0-dim tensor, or one step per chain, (B, 1) for y (B, D)
-    precond  (D, D), for y (B, D): steps are taken in u = precond^-1 y; precond precond^T should be about the covariance
-             of pi_f(.|x).  The noise has variance eta (1 - eta/4), which makes the proposal reversible, hence always
-             accepted, where pi_f(.|x) is Gaussian with that covariance; eta <= 2, about 1
-    -> y (B, ...), its log_p (B,), the accepted fraction (0-dim tensor, on the device: reading it waits for the device).
+    precond  (D, D): steps are taken in precond^-1 y, where the law should be about equally wide in all directions
+    -> y (B, ...), its log_p (B,), the accepted fraction of each chain's steps (B,).
     Watch that fraction: where it tends to 0 the chains are frozen, and f runs away from them."""
     flat = (len(y),) + (1,) * (y.dim() - 1)
-    variance = eta if precond is None else eta * (1 - eta / 4)
     log_p, grad = log_p_and_grad(f, x, y, eps, cost)
     grad = grad if precond is None else grad @ precond
-    accepted = 0.0
+    accepted = torch.zeros_like(log_p)
     for _ in range(n_steps):
         noise = torch.randn_like(y)
-        step = eta / 2 * grad + variance ** 0.5 * noise
+        step = eta / 2 * grad + eta ** 0.5 * noise
         new = y + (step if precond is None else step @ precond.T)
         new_log_p, new_grad = log_p_and_grad(f, x, new, eps, cost)
         new_grad = new_grad if precond is None else new_grad @ precond
-        back = ((step + eta / 2 * new_grad).square() / (2 * variance)).flatten(1).sum(1)  # -log q(y|new)
+        back = ((step + eta / 2 * new_grad).square() / (2 * eta)).flatten(1).sum(1)  # -log q(y|new)
         log_ratio = new_log_p - log_p - back + noise.square().flatten(1).sum(1) / 2  # the last term: -log q(new|y)
         take = torch.rand_like(log_p).log() < log_ratio  # nan compares False: a broken proposal is refused
         y, grad = torch.where(take.view(flat), new, y), torch.where(take.view(flat), new_grad, grad)
         log_p = torch.where(take, new_log_p, log_p)
-        accepted = accepted + take.float().mean() / n_steps
+        accepted += take / n_steps
     return y, log_p, accepted
+
+
+@torch.no_grad()
+def exchange(y, log_p, ladder):
+    """Replica exchange: each x has one chain at every temperature of the ladder; neighbours swap their y with probability
+    min(1, exp((1/eps_r - 1/eps_s) (E_s - E_r))), E = f(y) - c(x,y).  Exact, and free: E = eps log_p is at hand.  Hot chains
+    cross between modes, and cold ones receive what they found.
+
+    y (B, R, D), log_p (B, R), ladder (R,) rising from eps -> y, exchanged fraction of each pair (R-1,)."""
+    energy = log_p * ladder
+    swapped = torch.zeros(len(ladder) - 1, device=y.device)
+    order = torch.arange(len(ladder), device=y.device).repeat(len(y), 1)
+    for first in (0, 1):  # pairs (0, 1), (2, 3), ..., then (1, 2), (3, 4), ...
+        for r in range(first, len(ladder) - 1, 2):
+            low, high = order[:, r].clone(), order[:, r + 1].clone()
+            gain = energy.gather(1, high[:, None]) - energy.gather(1, low[:, None])
+            take = torch.rand(len(y), device=y.device).log() < (1 / ladder[r] - 1 / ladder[r + 1]) * gain.squeeze(1)
+            order[:, r], order[:, r + 1] = torch.where(take, high, low), torch.where(take, low, high)
+            swapped[r] = take.float().mean()
+    return y.gather(1, order[..., None].expand_as(y)), swapped
+
+
+def log_z_ratio(base, net, x, draws, steps, eta, precond=None):
+    """log Z(base + net, x) - log Z(base, x) for a Mixture base by annealed importance sampling (Neal 2001): chains start
+    as exact samples of base's plan, and net is switched on in `steps` equal parts with a MALA step after each.
+
+    x (n, D) -> (n,), its bias in 1/draws taken off; and the effective share of the draws (0-dim), small where the estimate
+    means little."""
+    y, x_all, log_w = base.sample(x.repeat_interleave(draws, 0)), x.repeat_interleave(draws, 0), 0.0
+    for step in range(1, steps + 1):
+        with torch.no_grad():
+            log_w = log_w + net(y) / (base.eps * steps)
+        if step < steps:
+            y, _, _ = mala(lambda y: base(y) + step / steps * net(y), x_all, y, base.eps, eta, 1, precond=precond)
+    log_w = log_w.view(len(x), draws)
+    halves = (log_w[:, ::2].logsumexp(1) + log_w[:, 1::2].logsumexp(1)) / 2 - math.log(draws / 2)
+    effective = 1 / (log_w.softmax(1).square().sum(1) * draws)
+    return 2 * (log_w.logsumexp(1) - math.log(draws)) - halves, effective.mean()
 
 
 @torch.no_grad()
@@ -263,21 +329,135 @@ class Bank(nn.Module):
         return stratified_rows(len(self.x), n, self.x.device)
 
 
-# ------------------------------------------------------------------------------------------------ Gaussians
-
-def root_of(S):
-    """Symmetric square root."""
-    values, vectors = torch.linalg.eigh(S)
-    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
-
+# ------------------------------------------------------------------------------------------------ a plan in closed form
 
 def gaussian_map(S0, S1, eps):
-    """T (D, D) of the entropic plan between N(m0, S0) and N(m1, S1), pi(.|x) = N(m1 + T (x - m0), eps T): Janati et al.
-    2020, in a form that does not cancel at large eps."""
-    r = root_of(S0)
+    """T (..., D, D) of the entropic plan between N(m0, S0) and N(m1, S1), pi(.|x) = N(m1 + T (x - m0), eps T): Janati et
+    al. 2020, in a form that does not cancel at large eps.  It solves T S0 T + eps T = S1."""
+    values, vectors = torch.linalg.eigh(S0)
+    root = values.clamp_min(1e-9 * values.amax(-1, keepdim=True)).sqrt().unsqueeze(-2)
+    r, inverse = (vectors * root) @ vectors.mT, (vectors / root) @ vectors.mT
     values, vectors = torch.linalg.eigh(r @ S1 @ r)
-    half = torch.linalg.inv(r) @ vectors
-    return half * (2 * values / (torch.hypot(2 * values.sqrt(), torch.full_like(values, eps)) + eps)) @ half.T
+    values, half = values.clamp_min(0), inverse @ vectors
+    return half * (2 * values / (torch.hypot(2 * values.sqrt(), torch.full_like(values, eps)) + eps)).unsqueeze(-2) @ half.mT
+
+
+def moments(z, weights):
+    """Means over a sample z (n, D) of w_k, w_k z, w_k z z^T, weights (n, K): [(K,), (K, D), (K, D, D)], float64."""
+    second, rows = 0.0, max(1, 2 ** 24 // z.shape[1] ** 2)  # products z z^T of so many rows at once: 64 MiB
+    for part, w in zip(z.split(rows), weights.split(rows)):
+        second = second + (w.T @ (part[:, :, None] * part[:, None]).flatten(1)).double()
+    return [m.double() / len(z) for m in (weights.sum(0), weights.T @ z, second.view(-1, z.shape[1], z.shape[1]))]
+
+
+def centred(moments, prior):
+    """moments -> mass (K,), mean (K, D), covariance (K, D, D).  A covariance is shrunk to the pooled one as by a share
+    `prior` of the sample in more points, and that one to its diagonal: defined for few points, or none, too."""
+    mass = moments[0].clamp_min(1e-9)
+    mean = moments[1] / mass[:, None]
+    S = moments[2] / mass[:, None, None] - mean[:, :, None] * mean[:, None]
+    pooled = (mass[:, None, None] * S).sum(0) / mass.sum()
+    diagonal = pooled.diag() + 1e-6 * pooled.diag().mean() + 1e-12  # constant columns are no error
+    pooled = pooled.lerp(diagonal.diag(), prior / (1 + prior))
+    return mass, mean, S.lerp(pooled.expand_as(S), (prior / (mass + prior))[:, None, None])
+
+
+class Mixture(nn.Module):
+    """A potential whose plan is known in closed form (Korotin et al., ICLR 2024); quadratic cost, full covariances:
+
+        v(y) = sum_k a_k N(y; r_k, eps S_k)          f(y) = |y|^2/2 + eps log v(y)
+        pi_f(.|x) = sum_k w_k(x) N(r_k + S_k x, eps S_k),   w_k(x) ~ a_k exp((x.S_k x + 2 r_k.x) / (2 eps))
+
+    One component with S = gaussian_map is the exact plan between Gaussians.  fit needs no sampling."""
+
+    def __init__(self, dim, components, eps):
+        super().__init__()
+        self.eps, eye = eps, torch.eye(dim).repeat(components, 1, 1)
+        zero = torch.zeros(components)
+        for name, value in {"log_a": zero, "share": zero, "r": eye[:, 0] * 0, "S": eye, "root": eye, "inverse": eye}.items():
+            self.register_buffer(name, value.clone())  # share: of y in each; root root^T = S, inverse = root^-1
+
+    def forward(self, y):
+        """f(y): (B, D) -> (B,)."""
+        return y.square().sum(1) / 2 + self.eps * self.log_v(y).logsumexp(1)
+
+    def log_v(self, y):
+        """log a_k N(y; r_k, eps S_k): (B, D) -> (B, K).  Its softmax is how likely y came from each component."""
+        z = (y @ self.inverse.flatten(0, 1).T).view(-1, *self.r.shape) - (self.inverse @ self.r[..., None]).squeeze(2)
+        constant = self.inverse.diagonal(dim1=1, dim2=2).log().sum(1) - y.shape[1] / 2 * math.log(2 * math.pi * self.eps)
+        return self.log_a + constant - z.square().sum(2) / (2 * self.eps)
+
+    def log_w(self, x):
+        """log a_k exp((x.S_k x + 2 r_k.x) / (2 eps)): (B, D) -> (B, K).  Its softmax is the components' weights at x."""
+        z = (x @ self.root.mT.flatten(0, 1).T).view(-1, *self.r.shape)
+        return self.log_a + (z.square().sum(2) / 2 + x @ self.r.T) / self.eps
+
+    def log_z(self, x):
+        """log of the integral over y of exp((f(y) - |x-y|^2/2) / eps): (B, D) -> (B,)."""
+        return self.log_w(x).logsumexp(1) - x.square().sum(1) / (2 * self.eps)
+
+    def objective(self, x, y):
+        """The dual objective E_Q f - eps E_P log Z by its value (0-dim), exact but for the samples x (n, D), y (m, D)."""
+        return self(y).mean() - self.eps * self.log_z(x).mean()
+
+    @torch.no_grad()
+    def sample(self, x):
+        """y ~ pi_f(.|x), independent: (B, D) -> (B, D)."""
+        out = []
+        for x in x.split(max(1, 2 ** 23 // self.r.numel())):  # all components of every x: bounds the memory
+            k = (self.log_w(x) - torch.empty(len(x), len(self.r), device=x.device).exponential_().log()).argmax(1)  # Gumbel
+            noise = math.sqrt(self.eps) * torch.randn_like(x)
+            per_k = torch.einsum("kde,be->bkd", self.S, x) + torch.einsum("kde,be->bkd", self.root, noise)
+            out.append(self.r[k] + per_k[torch.arange(len(x), device=x.device), k])
+        return torch.cat(out)
+
+    @torch.no_grad()
+    def fit(self, source, target, steps, memory=1.0, prior=0.0):
+        """Fit by fixed point: each component is the Gaussian plan between its part of P and its part of Q, until a_k gives
+        both parts the same mass.  There the objective's gradient is 0, and every step is a valid plan.
+
+        source(), target(): samples (n, D), (m, D), the same or fresh ones at each call; memory: weight of the newest
+        ones in the running moments; prior: see `centred`.  Yields after each step, so that the caller may keep the best."""
+        x, y, total = source(), target(), None
+        K, weights = len(self.r), [torch.ones(len(z), 1, device=z.device) for z in (x, y)]
+        single = Mixture(x.shape[1], 1, self.eps).to(x.device) if K > 1 else self
+        if K > 1:  # parts of Q by k-means; parts of P by where the plan of one component sends them
+            list(single.fit(lambda: x, lambda: y, 0, prior=prior))
+            centres = k_means(y[:5000], K)
+            weights = [F.one_hot(torch.cdist(z, centres).argmin(1), K).to(x.dtype) for z in (single.sample(x), y)]
+        for step in range(steps + 1):
+            if step:
+                x, y = source(), target()
+                weights = self.log_w(x).softmax(1), self.log_v(y).softmax(1)
+            new = [*moments(x, weights[0]), *moments(y, weights[1])]
+            total = [a.lerp(b, max(memory, 1 / step)) for a, b in zip(total, new)] if step > 1 else new
+            (p, mean_x, P), (q, mean_y, Q) = centred(total[:3], prior), centred(total[3:], prior)
+            S = gaussian_map(P, Q, self.eps)
+            r = mean_y - (S @ mean_x[..., None]).squeeze(2)
+            if step:
+                log_a = self.log_a.double() + (new[3].clamp_min(1e-9) / new[0].clamp_min(1e-9)).log()
+            else:  # w_k, on average over a component's part of P, as with one component
+                second = P + mean_x[:, :, None] * mean_x[:, None]
+                old_S, old_r = (S, r) if K == 1 else (single.S.double(), single.r.double())
+                log_a = q.log() - ((second * (S - old_S)).sum((1, 2)) / 2 + (mean_x * (r - old_r)).sum(1)) / self.eps
+            root = torch.linalg.cholesky((S + S.mT) / 2)
+            state = {"log_a": log_a - log_a.logsumexp(0), "share": q / q.sum(), "r": r, "S": S, "root": root,
+                     "inverse": torch.linalg.inv(root)}
+            for name, value in state.items():
+                getattr(self, name).copy_(value)
+            yield step
+
+
+def k_means(y, k, steps=20):
+    """Centres (k, D) of y (n, D): k-means++, then `steps` of Lloyd's."""
+    centres = y[torch.randint(len(y), (1,), device=y.device)]
+    while len(centres) < k:
+        far = torch.cdist(y, centres).amin(1).square() + 1e-30
+        centres = torch.cat([centres, y[torch.multinomial(far, 1)]])
+    for _ in range(steps):
+        near = F.one_hot(torch.cdist(y, centres).argmin(1), k).to(y.dtype)
+        centres = torch.where(near.sum(0)[:, None] > 0, near.T @ y / near.sum(0).clamp_min(1)[:, None], centres)
+    return centres
 
 
 # ------------------------------------------------------------------------------------------------ the run around it

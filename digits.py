@@ -1,33 +1,57 @@
-"""Coloured digits, for train_cmnist.py and train_not.py: the data, their colours, the scores of translations, panels."""
+"""Coloured digits, for train_cmnist.py and train_not.py: data, colours, scores of translations, figure."""
+import common
+
 import math
 import os
 import socket
 
+import matplotlib
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
 from torchvision.datasets import MNIST
 
-import common
+DATA_OPTION = dict(default=os.path.join(os.path.dirname(os.path.abspath(__file__)), "data"), metavar="FOLDER",
+                   help="with MNIST in torchvision's layout, or where to download it to (default %(default)s)")
+
+
+# ------------------------------------------------------------------------------------------------ data
 
 def load_digits(root, digit, train, synthetic=False):
     """All images of one digit: (n, 1, 32, 32) in [0,1], from MNIST in the folder root, in torchvision's layout.
     Where there is none they are downloaded, or, if `synthetic`, made up: 40 to train with, 6 to test."""
-    if synthetic and not os.path.exists(os.path.join(root, "MNIST", "raw", "train-images-idx3-ubyte")):
+    raw = os.path.join(root, "MNIST", "raw")
+    if synthetic and not os.path.exists(os.path.join(raw, "train-images-idx3-ubyte")):
         return synthetic_digits(digit, 40 if train else 6, torch.Generator().manual_seed(2 * digit + train))
     socket.setdefaulttimeout(30)  # seconds: without it a network that drops packets hangs a download for ever
     try:
-        data = MNIST(root, train=train, download=True)
-        grey = F.pad(data.data[torch.as_tensor(data.targets) == digit][:, None].float() / 255, (2, 2, 2, 2))
+        mnist = MNIST(root, train=train, download=True)
+        grey = mnist.data[torch.as_tensor(mnist.targets) == digit]
     except Exception as error:  # no network, half a file, no permission: torchvision has an exception for each
-        common.fail(f"no digits under {root} ({(str(error).splitlines() or [type(error).__name__])[0][:100]}): put MNIST's files into "
-             f"{os.path.join(root, 'MNIST', 'raw')}, delete broken ones, or name a folder with --data (a network is needed to download them)")
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        common.fail(f"no digits under {root} ({reason}): put MNIST's files into {raw}, delete broken ones, or name a "
+                    f"folder with --data (a network is needed to download them)")
     if len(grey) < 2:
-        common.fail(f"{root} holds {len(grey)} images of the digit {digit}: put the whole of MNIST there, or name another folder with --data")
-    return grey
+        common.fail(f"{root} holds {len(grey)} images of the digit {digit}: put the whole of MNIST there, or name "
+                    f"another folder with --data")
+    if grey.shape[1:] != (28, 28) or (grey == grey[0]).all():
+        what = "all alike" if grey.shape[1:] == (28, 28) else "of {} x {} pixels, not 28 x 28".format(*grey.shape[1:])
+        common.fail(f"{root} is not MNIST, its images of the digit {digit} are {what}: name another folder with --data")
+    return F.pad(grey[:, None].float() / 255, (2, 2, 2, 2))
+
+
+def load_task(root, source, target, synthetic, generator, device):
+    """-> grey digits to train with, source and target (n, 1, 32, 32), and coloured ones to test with (n, 3, 32, 32)."""
+    grey = [load_digits(root, digit, train, synthetic).to(device) for train in (True, False)
+            for digit in (source, target)]
+    return *grey[:2], *(colorize(g, generator=generator) for g in grey[2:])
 
 
 def synthetic_digits(digit, n, generator):
-    """Made-up 2s or 3s, for tests without data: pen strokes of random size, slant, place and thickness, (n, 1, 32, 32) in [0,1]."""
+    """2s or 3s made up for tests without data, (n, 1, 32, 32) in [0,1]: strokes of a pen, of random size, slant, place
+    and thickness."""
     t = torch.linspace(0, 1, 30)[:, None]
 
     def arc(middle, start, end):
@@ -39,25 +63,31 @@ def synthetic_digits(digit, n, generator):
     else:
         corner = torch.tensor([[0.45, -0.3], [-0.5, 1.0], [0.6, 1.0]])
         pen = torch.cat([arc(-0.5, -180, 20), corner[0].lerp(corner[1], t), corner[1].lerp(corner[2], t)])
-    size, slant, ink, *place = torch.rand(5, n, 1, generator=generator)
+    size, slant, ink, right, down = torch.rand(5, n, 1, generator=generator)
     size = 6 + 3 * size
-    at = torch.stack([15 + 2 * place[0] + size * (pen[:, 0] - (slant - 0.3) * pen[:, 1]), 15 + 2 * place[1] + size * pen[:, 1]], 2)
+    at = torch.stack([15 + 2 * right + size * (pen[:, 0] - (slant - 0.3) * pen[:, 1]),
+                      15 + 2 * down + size * pen[:, 1]], 2)
     pixels = torch.cartesian_prod(torch.arange(32.0), torch.arange(32.0)).flip(1)
     nearest = torch.stack([torch.cdist(pixels, points).amin(1) for points in at])
     return (1.3 + ink - nearest).clamp(0, 1).view(n, 1, 32, 32)
 
 
-def colorize(grey, hue=None, generator=None):
-    """Digits (n, 1, H, W) in [0,1] in the full-saturation colours hue (n,), in turns (0 red, 1/3 green), drawn uniformly
-    unless given: (n, 3, H, W) in [-1,1]."""
-    if hue is None:
-        hue = torch.rand(len(grey), generator=generator, device=generator.device if generator else grey.device).to(grey.device)
-    return 2 * grey * _colours(hue)[:, :, None, None] - 1
+# ------------------------------------------------------------------------------------------------ colours
 
-
-def _colours(hue):
-    away = (hue[:, None] - torch.tensor([0, 1 / 3, 2 / 3], device=hue.device) + 0.5) % 1 - 0.5  # from red, green, blue, in turns
+def rgb_of(hue):
+    """Full-saturation colours of hues (n,), in turns: (n, 3) in [0,1]."""
+    primaries = torch.tensor([0, 1 / 3, 2 / 3], device=hue.device)
+    away = (hue[:, None] - primaries + 0.5) % 1 - 0.5  # from red, green, blue, in turns
     return (2 - 6 * away.abs()).clamp(0, 1)
+
+
+def colorize(grey, hue=None, generator=None):
+    """Digits (n, 1, H, W) in [0,1] in the full-saturation colours hue (n,), in turns (0 red, 1/3 green), drawn
+    uniformly unless given: (n, 3, H, W) in [-1,1]."""
+    if hue is None:
+        device = generator.device if generator else grey.device
+        hue = torch.rand(len(grey), generator=generator, device=device).to(grey.device)
+    return 2 * grey * rgb_of(hue)[:, :, None, None] - 1
 
 
 def hue_of(y):
@@ -71,53 +101,86 @@ def hue_error(x, y):
     return 360 * ((hue_of(x) - hue_of(y) + 0.5) % 1 - 0.5).abs()
 
 
+# ------------------------------------------------------------------------------------------------ scores
+
 def off_colour(y):
-    """Root mean square of what no single colour explains in images y (n, 3, H, W), of a brightness from 0 to 1: 0-dim tensor.
-    0 for painted digits; grain, a veil or two colours in one digit raise it."""
-    light, colour = (y.clamp(-1, 1) + 1) / 2, _colours(hue_of(y))[:, :, None, None]
+    """Root mean square of what no single colour explains in images y (n, 3, H, W), brightness from 0 to 1: 0-dim.
+    0 for digits from colorize; grain, a veil or two colours in one digit raise it."""
+    light, colour = (y.clamp(-1, 1) + 1) / 2, rgb_of(hue_of(y))[:, :, None, None]
     strength = (light * colour).sum(1, keepdim=True) / colour.square().sum(1, keepdim=True)
     return (light - strength * colour).square().sum(1).mean().sqrt()
 
 
-def _brightness(y):
+def brightness(y):
+    """Of the brightest channel, in [0,1], of images (n, 3, H, W): (n, H W)."""
     return (y.amax(1).flatten(1) + 1) / 2
 
 
-def _blur(y):
-    light = _brightness(y)
+def blur(y):
+    """Share of half-lit (0.3 to 0.8) among the lit pixels of images (n, 3, H, W)."""
+    light = brightness(y)
     return ((light > 0.3) & (light < 0.8)).sum().item() / (light > 0.3).sum().clamp_min(1).item()
 
 
 def energy_distance(a, b):
-    """2 E|a-b| - E|a-a'| - E|b-b'| of independent samples (n, D), (m, D): a float, 0 in the mean where their laws are equal."""
+    """2 E|a-b| - E|a-a'| - E|b-b'| of independent samples (n, D), (m, D): 0 in the mean where their laws are equal."""
     within = sum(torch.cdist(c, c).sum() / (len(c) * (len(c) - 1)) for c in (a, b))
     return (2 * torch.cdist(a, b).mean() - within).item()
+
+
+def exact_ot_cost(x, y):
+    """Of the best pairing of as many images x with as many y, cost |x-y|^2/2, mean over pairs."""
+    n = min(len(x), len(y))
+    cost = torch.cdist(x[:n].flatten(1), y[:n].flatten(1)).square().cpu() / 2
+    return cost[linear_sum_assignment(cost.numpy())].mean().item()
 
 
 def digit_scores(x, y, real):
     """Scores of M translations y (N, M, 3, H, W) of digits x (N, 3, H, W) against real targets (n, 3, H, W), held out:
 
-    cost        mean |x-y|^2/2                  hue_err   median hue_error          off_colour   as above, of y
-    spread      mean over x and pixels of the deviation over the translations of one x; 0 for M = 1
-    shape       energy distance between brightness of y and of real, over that between x and real: 0 for the same law, 1 for
-                doing nothing; unlike a digit classifier it forgives neither blur nor ghosts
-    blur        share of half-lit (0.3 to 0.8) among lit pixels; real_blur: of real"""
+    cost        mean |x-y|^2/2
+    hue_err     median hue_error
+    spread      deviation over the translations of one x, mean over x and pixels; 0 for M = 1
+    shape       energy distance between the brightness of y and of real, over that between x and real: 0 for the same
+                law, 1 for y = x.  Unlike a digit classifier it forgives neither blur nor ghosts
+    blur        share of half-lit among lit pixels; real_blur: of real
+    off_colour  as above, of y
+    ot_cost     exact_ot_cost(x, real); where there are few real digits it has few colours to choose from
+    cost_ratio  cost / ot_cost"""
     pairs = x.repeat_interleave(y.shape[1], 0), y.flatten(0, 1)
-    light = _brightness(real)
-    shape = sum(energy_distance(_brightness(one), light) for one in y.unbind(1)) / y.shape[1]  # y of one x are not independent
-    return {"cost": common.quadratic_cost(*pairs).mean().item(), "hue_err": hue_error(*pairs).median().item(),
-            "spread": y.std(1).mean().item() if y.shape[1] > 1 else 0.0, "shape": shape / energy_distance(_brightness(x), light),
-            "blur": _blur(pairs[1]), "real_blur": _blur(real), "off_colour": off_colour(pairs[1]).item()}
+    light = brightness(real)
+    shape = sum(energy_distance(brightness(one), light) for one in y.unbind(1))  # the y of one x are not independent
+    cost, ot_cost = common.quadratic_cost(*pairs).mean().item(), exact_ot_cost(x, real)
+    return {"cost": cost, "hue_err": hue_error(*pairs).median().item(),
+            "spread": y.std(1).mean().item() if y.shape[1] > 1 else 0.0,
+            "shape": shape / y.shape[1] / energy_distance(brightness(x), light),
+            "blur": blur(pairs[1]), "real_blur": blur(real), "off_colour": off_colour(pairs[1]).item(),
+            "ot_cost": ot_cost, "cost_ratio": cost / ot_cost}
 
+
+# ------------------------------------------------------------------------------------------------ files
 
 def save_pairs(path, x, y):
     """Write {"x": (N, ...), "y": (N, M, ...)}; a full disk must not cost the run its last line."""
     problem = common.write_aside(path, lambda file: torch.save({"x": x.cpu(), "y": y.cpu()}, file))
     if problem:
-        print(f"warning: {problem}: free some space, then --resume writes it again", flush=True)
+        print(f"warning: {problem}: free some space, then --resume writes it again")
 
 
 def tiled(images, columns):
     """Images (n, 3, H, W) in [-1,1] as one picture, grey lines between: (rows, columns, 3) in [0,1], on the CPU."""
     images = F.pad((images.clamp(-1, 1).cpu() + 1) / 2, (1, 1, 1, 1), value=0.3)
-    return torch.cat([torch.cat(list(row), 2) for row in images[:len(images) // columns * columns].split(columns)], 1).permute(1, 2, 0)
+    rows = images[:len(images) // columns * columns].split(columns)
+    return torch.cat([torch.cat(list(row), 2) for row in rows], 1).permute(1, 2, 0)
+
+
+def save_panels(path, title, *panels):
+    """Write a figure of panels side by side, each (images (n, 3, H, W), columns, its title)."""
+    widths = [columns for _, columns, _ in panels]
+    fig, axes = plt.subplots(1, len(panels), figsize=(sum(widths), 7.4), layout="constrained", width_ratios=widths)
+    for axis, (images, columns, panel_title) in zip(axes, panels):
+        axis.imshow(tiled(images, columns).numpy())
+        axis.set_title(panel_title)
+        axis.axis("off")
+    fig.suptitle(title)
+    common.save_figure(fig, path)

@@ -1,25 +1,27 @@
-"""StyleGAN2-ADA generators in plain torch: read an official .pkl without running anything in it, and differentiate through it.
+"""StyleGAN2-ADA generators in plain torch: read an official .pkl without running anything in it, and differentiate.
 
-    G = load_generator("afhqdog.pkl")           # of NVIDIA's StyleGAN2-ADA-PyTorch release, "pretrained" folder, under that name
+    G = load_generator("afhqdog.pkl")           # from NVIDIA's StyleGAN2-ADA-PyTorch release, folder "pretrained"
     images = G(z)                               # z (N, z_dim) ~ N(0, I) -> (N, 3, R, R), about [-1, 1], not clipped
-    ws = G.mapping(z)                           # (N, num_ws, w_dim), w slot by slot; rows equal unless truncated by slot
+    ws = G.mapping(z)                           # (N, num_ws, w_dim), one w per layer; equal unless truncated by layer
     small = G.synthesis(ws, resolution=128)     # the skip image at 128, at the cost of the blocks up to 128
 
-Mapping: z / rms(z), then fully connected layers with lrelu, times sqrt(2).  Synthesis, from a constant 4x4 x, per resolution:
+Mapping: z / rms(z), then fully connected layers with sqrt(2) lrelu.  Synthesis starts from a constant 4x4 x:
 
     conv        s = affine(w);   y_o = d_o * sum_i W_oi * (s_i x_i),   d_o = (sum_i s_i^2 |W_oi|^2 + 1e-8)^(-1/2)
-                x <- clamp(sqrt(2) lrelu(y + noise + bias)),  twice per resolution; first doubling it: transposed conv, 4x4 blur
-    skip        image <- upsample(image) + clamp(1x1 conv of s x / sqrt(C) + bias)
+                x <- clamp(sqrt(2) lrelu(y + noise + bias)), twice per resolution
+                the first of the two doubles the resolution: transposed convolution, then a 4x4 blur
+    skip        image <- upsample(image) + clamp(1x1 conv of s x / sqrt(C) + bias), once per resolution
 
-Scaling x before and y after one shared convolution equals a kernel per sample, which is slow (grouped) and would need the
-gradient of the kernels, half as much again as the rest.  Weights are constants: gradients flow to ws and z, once (no double
-backward).  A layer keeps one tensor for its backward pass, its output, which is also the next layer's input.
+Scaling x before and y after one shared convolution equals a convolution with one kernel per sample.  That one would be
+slow (grouped), and its backward pass would need the gradient of the kernels, half as much work again.  Weights are
+constants: gradients flow to ws and z, once (no double backward).  For its backward pass a layer keeps one tensor, its
+output, which is the next layer's input too.
 
 Official 512x512 sizes, forward and backward to z, one CPU thread that does 50 to 80 GFLOP/s in matrix products:
     stop at                 64      128     256     512
     GFLOP forward           32      61      91      120         per image; backward as many again
-    seconds per image       1.1     2.2     3.2     5.8         autograd on the plain formula: 4.0 and 8.2 s at 256 and 512,
-    MiB over the weights    140     220     420     750         and 400 and 1 340 MiB at 128 and 512
+    seconds per image       1.1     2.2     3.2     5.8         plain autograd: 4.0 and 8.2 s at 256 and 512
+    MiB over the weights    140     220     420     750         plain autograd: 400 and 1 340 MiB at 128 and 512
 Reading an official-size file (372 MB): 0.9 s, 0.5 GB at its peak.
 Imports torch and the standard library only: copies into another project as one file.
 """
@@ -52,7 +54,8 @@ class Linear(nn.Module):
         super().__init__()
         self.weight, self.bias = _constant(fan_out, fan_in), _constant(fan_out)
         self.lr, self.gain = lr, lr / math.sqrt(fan_in)
-        self.official = dict(class_name="FullyConnectedLayer", activation=activation, weight_gain=self.gain, bias_gain=lr)
+        self.official = dict(class_name="FullyConnectedLayer", activation=activation, weight_gain=self.gain,
+                             bias_gain=lr)
 
     def forward(self, x):
         return torch.addmm(self.bias, x, self.weight.T, beta=self.lr, alpha=self.gain)
@@ -70,7 +73,7 @@ class Mapping(nn.Module):
         self.official = dict(class_name="MappingNetwork", num_layers=num_layers, num_ws=num_ws)
 
     def forward(self, z, truncation_psi=1, truncation_cutoff=None):
-        """truncation_psi < 1 pulls w towards the mean w_avg; with truncation_cutoff, in the first that many slots only."""
+        """truncation_psi < 1 pulls w towards the mean w_avg, in the first truncation_cutoff layers or in all."""
         x = z.to(self.w_avg.dtype)
         x = x * (x.square().mean(1, keepdim=True) + 1e-8).rsqrt()
         for i in range(self.num_layers):
@@ -83,8 +86,9 @@ class Mapping(nn.Module):
 
 
 class _ModulatedConv(torch.autograd.Function):
-    """out = clamp(lrelu(d * conv(s x) + bias + noise)).  x (N,I,H,W), s (N,I), d (N,O), weight (O,I,3,3), bias (O,), noise
-    (H,W), (N,1,H,W) or None, blur (4,4) where the resolution doubles, else None.  x may be float16 while s, d are float32.
+    """out = clamp(lrelu(d * conv(s x) + bias + noise)).  x (N, I, H, W), s (N, I), d (N, O), weight (O, I, 3, 3),
+    bias (O,), noise (H, W), (N, 1, H, W) or None, blur (4, 4) where the resolution doubles, else None.  x may be
+    float16 while s and d are float32.
 
     By hand, because autograd would keep five tensors of this size instead of one, and pass over them twice as often."""
 
@@ -110,7 +114,8 @@ class _ModulatedConv(torch.autograd.Function):
     def backward(ctx, grad):
         x, s, d, weight, bias, noise, blur, y = ctx.saved_tensors
         exact = s.dtype  # of the sums over pixels
-        # a = d conv + bias + noise, y = clamp(lrelu(a)): grad_a a = grad y, and d conv = a - bias - noise, so conv is not needed
+        # With a = d conv + bias + noise and y = clamp(lrelu(a)): grad_a a = grad_y y and d conv = a - bias - noise.
+        # So the gradient to d needs y alone, and conv is not kept.
         if ctx.clamp is not None:
             grad = torch.ops.aten.hardtanh_backward(grad, y, -ctx.clamp, ctx.clamp)
         buffer = grad * y  # written over below: fresh memory costs a CPU more than the arithmetic
@@ -158,21 +163,24 @@ class Layer(nn.Module):
             noise = torch.randn(len(w), 1, *noise.shape, dtype=noise.dtype, device=w.device)
         noise = None if noise_mode == "none" else (SQRT2 * self.noise_strength * noise).to(x.dtype)
         blur = None if self.blur is None else self.blur.to(x.dtype)
-        return _ModulatedConv.apply(x, s, d, weight.to(x.dtype), (SQRT2 * self.bias).to(x.dtype), noise, blur, self.clamp)
+        bias = (SQRT2 * self.bias).to(x.dtype)
+        return _ModulatedConv.apply(x, s, d, weight.to(x.dtype), bias, noise, blur, self.clamp)
 
 
 class ToRGB(nn.Module):
-    """x (N, fan_in, R, R), w (N, w_dim) -> (N, channels, R, R), always in the dtype of w: 1x1, modulated, not demodulated."""
+    """x (N, fan_in, R, R), w (N, w_dim) -> (N, channels, R, R) in the dtype of w: a 1x1 convolution, modulated only."""
 
     def __init__(self, fan_in, channels, w_dim):
         super().__init__()
-        self.weight, self.bias, self.affine = _constant(channels, fan_in, 1, 1), _constant(channels), Linear(w_dim, fan_in)
+        self.weight, self.bias = _constant(channels, fan_in, 1, 1), _constant(channels)
+        self.affine = Linear(w_dim, fan_in)
         self.clamp = None
         self.official = dict(class_name="ToRGBLayer", weight_gain=1 / math.sqrt(fan_in))
 
     def forward(self, x, w):
-        k = (self.weight.flatten(1) * (self.affine(w) / math.sqrt(x.shape[1]))[:, None]).to(x.dtype)  # (N, channels, fan_in)
-        image = (k @ x.flatten(2)).to(w.dtype).unflatten(2, x.shape[2:]) + self.bias[:, None, None]
+        s = self.affine(w) / math.sqrt(x.shape[1])
+        kernel = (self.weight.flatten(1) * s[:, None]).to(x.dtype)  # (N, channels, fan_in)
+        image = (kernel @ x.flatten(2)).to(w.dtype).unflatten(2, x.shape[2:]) + self.bias[:, None, None]
         return image if self.clamp is None else image.clamp(-self.clamp, self.clamp)
 
 
@@ -187,7 +195,8 @@ class Block(nn.Module):
             self.const = _constant(fan_out, 4, 4)
         self.conv1 = Layer(fan_out, fan_out, w_dim, resolution, up=False)
         self.torgb = ToRGB(fan_out, channels, w_dim)
-        self.official = dict(class_name="SynthesisBlock", resolution=resolution, in_channels=fan_in, architecture="skip")
+        self.official = dict(class_name="SynthesisBlock", resolution=resolution, in_channels=fan_in,
+                             architecture="skip")
 
     def forward(self, x, image, ws, noise_mode):
         if x is not None:
@@ -215,9 +224,10 @@ class Synthesis(nn.Module):
     def forward(self, ws, noise_mode="const", resolution=None, fp16=None):
         """noise_mode const, none or random; resolution: stop there (default: the last).
 
-        fp16: the upper four of all resolutions in half precision, where the file clamps them, as range requires; image within
-        1e-3.  Default: on GPUs of compute capability 7 and up, but not GTX 16xx, known for nan there; GTX 10xx has no speed in
-        it.  Half a number ends at 65504, gradients too: differentiate a cost, not a cost over a small eps."""
+        fp16: half precision for the last four resolutions; the image changes by 1e-3.  It is used only where the file
+        clamps the activations, which keeps them in range.  Default: on GPUs of compute capability 7 and up.  Not on GTX
+        16xx, known for nan in it, nor on GTX 10xx, which is no faster in it.  Gradients too end at 65504: differentiate
+        a cost, not a cost over a small eps."""
         resolution = resolution or self.resolutions[-1]
         if noise_mode not in ("const", "none", "random") or resolution not in self.resolutions:
             raise ValueError(f"noise_mode {noise_mode!r} not const, none or random, or resolution {resolution!r} "
@@ -228,7 +238,8 @@ class Synthesis(nn.Module):
             block = getattr(self, f"b{r}")
             if fp16 and r >= max(8, self.resolutions[-1] // 8) and block.conv1.clamp is not None:
                 x = x.half()
-            x, image = block(x, image, ws[:, max(0, 2 * i - 1):2 * i + 2], noise_mode)  # its last w is the next one's first
+            ws_of_block = ws[:, max(0, 2 * i - 1):2 * i + 2]  # its last one is the next block's first
+            x, image = block(x, image, ws_of_block, noise_mode)
         return image
 
 
@@ -252,7 +263,7 @@ class Generator(nn.Module):
         return self.synthesis(self.mapping(z, truncation_psi, truncation_cutoff), noise_mode, resolution, fp16)
 
     def flops(self, resolution=None):
-        """Floating-point operations (a multiply-add is two) of one image forward; the backward pass to z takes as many again."""
+        """Floating-point operations (a multiply-add is two) of one image forward; backward to z takes as many again."""
         total = 0
         for name, module in self.named_modules():
             at = int(name.split(".")[1][1:]) if name.startswith("synthesis.b") else 4
@@ -263,8 +274,8 @@ class Generator(nn.Module):
         return total
 
 
-def random_generator(z_dim=512, w_dim=512, resolution=512, channel_base=32768, channel_max=512, num_layers=8, img_channels=3,
-                     conv_clamp=256, seed=0):
+def random_generator(z_dim=512, w_dim=512, resolution=512, channel_base=32768, channel_max=512, num_layers=8,
+                     img_channels=3, conv_clamp=256, seed=0):
     """A generator as StyleGAN2 initialises it, on the CPU: for tests and smoke runs, where no file is at hand."""
     generator = torch.Generator().manual_seed(seed)
     widths = [min(channel_base // (4 << i), channel_max) for i in range(resolution.bit_length() - 2)]
@@ -299,16 +310,18 @@ class _Tensor(NamedTuple):
 
 
 class _Reader:
-    """A pickle machine that cannot act: of the opcodes only those that push plain data, of the globals only those of an
-    official file, as names for methods below, which check what they are given and return plain data.  No recursion, so no
-    depth is too deep; a memo is a dict, so no index is too large; dict keys and set items are str, so no hash goes deep."""
+    """A pickle machine that cannot act.
+
+    Of the opcodes it knows only those that push plain data.  Of the globals it knows only those of an official file, as
+    names for the methods below, which check what they are given and return plain data.  It does not recurse, so no file
+    is too deep.  Its memo is a dict, so no index is too large.  Dict keys and set items are str: no hash goes deep."""
 
     LITERALS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINBYTES",
                 "SHORT_BINBYTES"}
     FIXED = {"NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False,
              "EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set}
-    TAKES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2, "STACK_GLOBAL": 2, "REDUCE": 2, "NEWOBJ": 2,
-             "BUILD": 1, "STOP": 1}
+    TAKES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2, "STACK_GLOBAL": 2, "REDUCE": 2,
+             "NEWOBJ": 2, "BUILD": 1, "STOP": 1}
     FILLS = {"APPEND": list, "APPENDS": list, "SETITEM": dict, "SETITEMS": dict, "ADDITEMS": set}
 
     def __init__(self, size):
@@ -359,7 +372,8 @@ class _Reader:
                 _require(name in names, f"it asks for {name[:60]!r}")
                 stack.append(names[name])
             elif op in ("REDUCE", "NEWOBJ"):
-                _require(callable(items[0]) and type(items[1]) is tuple, "it calls what is no function")  # callables: names' only
+                # the only callables on the stack are those of names
+                _require(callable(items[0]) and type(items[1]) is tuple, "it calls what is no function")
                 stack.append(items[0](*items[1]))
             elif op == "BUILD":  # the byte order of the one numpy dtype
                 _require(stack[-1] is self.float64 and type(items[0]) is tuple and items[0][1:2] == ("<",),
@@ -367,7 +381,8 @@ class _Reader:
             elif op == "STOP":
                 return items[0]
             else:  # BINPERSID leaves the tuple that names a storage where it is
-                _require(op in ("PROTO", "FRAME") or (op == "BINPERSID" and names is self.inner), f"it uses the opcode {op}")
+                _require(op in ("PROTO", "FRAME") or (op == "BINPERSID" and names is self.inner),
+                         f"it uses the opcode {op}")
 
     def spend(self, n):
         """What one opcode can repeat on data that is in the file once: in all, no more than four times the file."""
@@ -376,13 +391,15 @@ class _Reader:
 
     def module(self, meta):
         _require(meta["type"] == "class" and meta["version"] == 6, "it has another version of the layout")
-        _require(type(meta["class_name"]) is str and type(meta["state"]) is dict, "it has a module without name or state")
+        _require(type(meta["class_name"]) is str and type(meta["state"]) is dict,
+                 "it has a module without name or state")
         return _Module(meta["class_name"], meta["state"])
 
     def storage(self, blob):
         """What torch.save wrote before torch 1.6: five pickles, a count, the raw numbers.  -> memoryview of float32"""
         stream = io.BytesIO(blob)
-        magic, version, system, (word, dtype, key, place, count, view), keys = [self.read(stream, self.inner) for _ in range(5)]
+        magic, version, system, named, keys = [self.read(stream, self.inner) for _ in range(5)]
+        word, dtype, key, place, count, view = named
         _require(magic == 0x1950A86A20F9469CFC6C and version == 1001 and system["little_endian"] is True and
                  (word, dtype, view) == ("storage", "float32", None) and type(key) is str and keys == [key],
                  "a storage of it is foreign")
@@ -396,12 +413,13 @@ class _Reader:
         _require(type(storage) is memoryview and type(size) is type(stride) is tuple, "a tensor of it has no storage")
         _require(len(size) == len(stride) <= 4 and all(type(n) is int and n >= 0 for n in (offset, *stride)) and
                  all(type(n) is int and n > 0 for n in size), "a tensor of it has an impossible shape")
-        _require(math.prod(size) <= len(storage) and offset + sum((n - 1) * step for n, step in zip(size, stride)) < len(storage),
-                 "a tensor of it reaches beyond its storage")
+        last = offset + sum((n - 1) * step for n, step in zip(size, stride))
+        _require(math.prod(size) <= len(storage) and last < len(storage), "a tensor of it reaches beyond its storage")
         return _Tensor(storage, offset, size, stride)
 
     def set(self, items):
-        _require(type(items) is list and all(type(item) is str for item in items), "it has a set of other things than names")
+        _require(type(items) is list and all(type(item) is str for item in items),
+                 "it has a set of other things than names")
         self.spend(len(items))
         return set(items)
 
@@ -425,13 +443,13 @@ def _require(good, why):
 
 
 def load_generator(path):
-    """G_ema of an official StyleGAN2-ADA-PyTorch .pkl (float32, on the CPU, weights without gradients).  Raises BadFile."""
+    """G_ema of an official StyleGAN2-ADA-PyTorch .pkl: float32, on the CPU, weights without gradients; or BadFile."""
     try:
         with open(path, "rb") as file:
             return _build(file, os.path.getsize(path))
     except OSError as error:
-        raise BadFile(f"cannot read {path} ({error.strerror}): name a network .pkl of NVIDIA's StyleGAN2-ADA-PyTorch release, "
-                      "as afhqdog.pkl") from None
+        raise BadFile(f"cannot read {path} ({error.strerror}): name a network .pkl of NVIDIA's StyleGAN2-ADA-PyTorch "
+                      "release, as afhqdog.pkl") from None
     except BadFile as error:
         why = error
     except Exception as error:  # where a malformed file trips a step of the checks themselves
@@ -455,7 +473,8 @@ def _build(file, length):
         _require(len(modules) <= MAX_MODULES and all(len(table) < 100 for table in tables), "it has too many modules")
         _require(all(len(key) < 100 for table in tables for key in table), "it has a name that is too long")
         prefix = name and name + "."
-        tensors.update((prefix + key, tensor) for table in tables[:2] for key, tensor in table.items() if tensor is not None)
+        for table in tables[:2]:
+            tensors.update((prefix + key, tensor) for key, tensor in table.items() if tensor is not None)
         pending += [(prefix + key, child) for key, child in tables[2].items()]
         _require(all(type(child) is _Module for _, child in pending), "it has a module that is none")
     _require("synthesis.input" not in modules, "it is a StyleGAN3 file")
@@ -491,6 +510,7 @@ def _build(file, length):
             _require(same, f"{key} of {name or 'G_ema'} is not {value}")
         if hasattr(module, "clamp"):
             clamp = state["conv_clamp"]
-            _require(clamp is None or type(clamp) in (int, float) and 0 < clamp < math.inf, f"conv_clamp of {name} is impossible")
+            _require(clamp is None or type(clamp) in (int, float) and 0 < clamp < math.inf,
+                     f"conv_clamp of {name} is impossible")
             module.clamp = clamp
     return G

@@ -32,7 +32,7 @@ RUNS = {
     "gauss_dim3_eps1_seed0_smoke": ("train_gauss.py", "--dim", "3"),
     "cmnist_eps0.1_seed0_smoke": ("train_cmnist.py", "--data", "{none}"),
     "not_moons_strong_convex1_seed0_smoke": ("train_not.py",),
-    "not_moons_weak_convex0_seed0_smoke": ("train_not.py", "--cost", "weak", "--convex", "0", "--data-set", "toy"),
+    "not_roll_weak_convex0_seed0_smoke": ("train_not.py", "--cost", "weak", "--convex", "0", "--data-set", "roll"),
     "not_cmnist_strong_convex1_seed0_smoke": ("train_not.py", "--data-set", "cmnist", "--data", "{none}"),
     "not_cmnist_weak_convex1_seed0_smoke": ("train_not.py", "--cost", "weak", "--data-set", "cmnist",
                                             "--data", "{none}"),
@@ -222,7 +222,7 @@ def test_cmnist():
     folder, output, values = whole(name)
     assert written(folder) == {f"{name}.pt", f"{name}.png", f"{name}_pairs.pt"}
     scores, (x, y) = final(output), pairs_of(folder, name)
-    assert y.shape == (6, values["PER_IMAGE"], 3, 32, 32)
+    assert y.shape == (6, values["TRANSLATIONS"], 3, 32, 32)
     assert scores["cost"] == pytest.approx((y - x[:, None]).square().sum((2, 3, 4)).mean().item() / 2, rel=1e-3)
     assert scores["spread"] == pytest.approx((y[:, 0] - y[:, 1]).abs().mean().item() / 2 ** 0.5, rel=1e-3)  # of two
     assert scores["ot_cost"] == pytest.approx(exact_cost(x, values["test_real"]), rel=1e-3)

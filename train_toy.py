@@ -269,13 +269,13 @@ for step in run.steps():
     rows, y_pos = bank.rows(BATCH), target_batch()
     x = bank.x[rows]
     y, log_p, accepted = common.mala(f, x, bank.y[rows], EPS, bank.eta, N_LANGEVIN)
-    bank.eta *= torch.exp(0.03 * (accepted - ACCEPT))
+    bank.eta *= torch.exp(0.03 * (accepted.mean() - ACCEPT))
     bank.y[rows], jumped = jump(f, x, y, y_pos, log_p)
     gap = common.train_step(f, opt, y_pos, bank.y[rows])
     common.update_ema(f_avg, f, EMA_DECAY, step)
     if run.due():
         run.log({"gap": 1e3 * SCALE, "y": 1e3, "max_param": 1e3}, gap=gap, y=bank.y[rows].norm(dim=1).mean(), eta=bank.eta,
-                accept=accepted, jump=jumped, max_param=common.max_param(f), bary_ratio=bary_ratio(coarse, SCORED_X))
+                accept=accepted.mean(), jump=jumped, max_param=common.max_param(f), bary_ratio=bary_ratio(coarse, SCORED_X))
 
 # ---------------------------------------------------------------------------------------------- scores and figure
 

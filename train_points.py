@@ -1,0 +1,551 @@
+"""Entropic OT between any two sets of points, in any dimension, cost |x-y|^2/2 in the data's own units.
+
+    pi_f(y|x) = exp((f(y) - |x-y|^2/2) / eps) / Z(x)     f = a Gaussian mixture's potential, whose plan is closed form, + net
+    mixture     fitted to both sets in seconds, without sampling; components, from one up, as many as held-out points like
+    net         ascends E_Q f(y) - E_P E_{pi_f(.|x)} f(y) by Langevin chains at several temperatures, which exchange their y
+                (replica exchange): those cross between modes.  Kept only where held-out points gain from it
+
+    python train_points.py X.npy Y.npy                    rows are samples, (n, D) and (m, D): .npy, .pt (a tensor) or .csv
+    python train_points.py X.npy Y.npy --eps 0.1 --map NEW.npy --per-x 100    also y ~ pi(.|x) for the rows of NEW, (k, 100, D)
+    python train_points.py X.npy Y.npy --resume --map NEW.npy                 of a finished run: no training
+    python train_points.py X.npy Y.npy --map NEW.npy --time 0.5               the Schroedinger bridge from x to y at that time
+    python train_points.py --pair mixture --dim 16 --eps 1                    a known plan: gauss, mixture or rolls
+    python train_points.py --table                                            all of them
+    python train_points.py --smoke                                            the same path in seconds
+
+Nothing needs scaling: both sets are centred, which leaves the plan as it is, and divided by one number; the net sees y in
+the target's principal axes.  eps is in units of the cost; without --eps it is EPS_SHARE of the mean cost between
+independent pairs of the centred sets.  A tenth of both sets is held out.  Writes beside itself (or under --out)
+points_X_Y_eps0.1_seed0.pt, which --resume carries on from, the figure (.png) and _mapped.npy.
+
+The last line, on held-out points; a floor is the same between two halves of the held-out target:
+    energy, sw2     energy distance (Szekely & Rizzo) and sliced W2^2 of the pushed source to the target; _4x: from chains
+                    four times as long, which must agree
+    cost            E |x-y|^2/2 of the plan
+    objective       E_Q f - eps E_P log Z by its value, in units of the cost; gain: the part of it that net adds; effective:
+                    share of its draws that count (nan, 0: too few to tell)
+and on a known plan (--pair), of PAIR_X sources with PAIR_Y samples each, beside the floor of as many exact samples:
+    cond_uvp        mixture, gauss: 100 BW2(y given x, exact) / (Var Q / 2), per cent: Gushchin et al., NeurIPS 2023
+    plan_uvp        gauss: the same of the joint law of (x, y)
+    cond_ratio      rolls: sliced W2^2 per plane to the discrete plan, over that between two discrete plans (train_toy.py)
+"""
+import common  # first, so that Ctrl-C during the slow imports below ends without a traceback
+
+import csv
+import hashlib
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import matplotlib
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import ot
+import torch
+from matplotlib.collections import LineCollection
+from torch import nn
+
+args = common.arguments(
+    __doc__, __file__, eps=0, files=dict(nargs="*", metavar="X Y", help="the two sets: .npy, .pt or .csv, rows are samples"),
+    pair=dict(choices=("gauss", "mixture", "rolls"), help="a made-up pair with a known plan, instead of files"),
+    dim=dict(type=common.number(1, 1024, int), default=2, help="of the pair (default 2)"),
+    map=dict(metavar="NEW", help="file of further x to draw y for"),
+    time=dict(type=common.number(0, 1), default=1.0, help="of the bridge between x and y, 0 to 1 (default 1: y itself)"),
+    table=dict(action="store_true", help="all known pairs, a process for each; goes on with --resume"),
+    **{"per-x": dict(type=common.number(1, 10 ** 6, int), default=1, help="y for each x of NEW (default 1)")})
+device = args.device
+start_time = time.perf_counter()
+
+# ---------------------------------------------------------------------------------------------- constants
+# In the standardised data, whose variance is 1 per dimension.
+SEED = args.seed
+EPS_SHARE = 0.05         # of the mean cost between independent pairs: eps, unless given
+HELD_OUT = 10            # one in so many rows
+COMPONENTS = (1, 5, 10, 20)  # of the mixture, tried in this order until held-out points stop gaining
+FIT_STEPS, FIT_ROWS = 60, 20_000  # of the mixture; rows per step, drawn anew each time
+STEPS = 3000             # Adam steps of the net
+BATCH, TARGETS = 512, 1024  # chains moved per step, a ladder of temperatures each, and target samples
+CHAINS = 4096            # sources with persistent chains
+REFRESH = 0.01           # share of a batch given a new source per step
+TOP = 1.0                # hottest temperature: that of the data
+WIDTH, DEPTH = 32, 3     # of each head of the net
+SHARPNESS = 3.0          # 1/width of the first layer's ramps at the start
+N_LANGEVIN, ACCEPT = 2, 0.7  # steps of a chain per training step, and the accepted fraction they are led to
+LR, BETAS = 3e-3, (0.0, 0.99)  # of Adam, without momentum, which would swing against the chains; falls to 0 by a cosine
+WARMUP, EMA_DECAY = 100, 0.998
+PATIENCE = 0.25          # share of STEPS without gain after which the net is given up
+SAMPLE_STEPS = 100       # of a chain at test time, from the mixture's plan
+GAIN_X, GAIN_DRAWS, GAIN_STEPS = 64, 16, 50  # sources, draws and annealing steps of the objective's estimate
+SCORED, SPLITS, DIRECTIONS = 1000, 10, 100  # most points in a distance, its random halves, projections
+PAIR_ROWS, PAIR_SEED = 2 ** 17, 1  # rows of a made-up set, seed of its parameters
+PAIR_X, PAIR_Y = 200, 1000
+if args.smoke:
+    FIT_STEPS, STEPS, BATCH, TARGETS, CHAINS, WIDTH, WARMUP, SAMPLE_STEPS = 5, 20, 32, 64, 64, 8, 5, 10
+    COMPONENTS, GAIN_X, GAIN_DRAWS, GAIN_STEPS, SCORED, SPLITS = (1, 3), 8, 4, 5, 100, 2
+    PAIR_ROWS, PAIR_X, PAIR_Y = 2000, 4, 100
+LOG_EVERY = max(1, STEPS // 20)
+
+
+# ---------------------------------------------------------------------------------------------- data
+
+def read_rows(path, columns=None):
+    """The rows of a file as float64 (n, D), or a sentence on what is wrong with it."""
+    if not os.path.isfile(path):
+        common.fail(f"no file {path}: name a .npy, .pt or .csv file whose rows are samples")
+    if path.endswith(".csv"):
+        rows = read_csv(path)
+    else:
+        try:
+            rows = np.load(path, allow_pickle=False) if path.endswith(".npy") else torch.load(path, map_location="cpu", weights_only=True)
+            if not path.endswith(".npy"):
+                rows = rows.detach().to("cpu").numpy()
+        except Exception:  # foreign, truncated, a pickle, no tensor, a type that numpy lacks: each has its own
+            common.fail(f"{path} holds no plain array of numbers (pickles are never loaded): save one with numpy.save or torch.save")
+    if rows.dtype.kind not in "fiu" or rows.ndim != 2 or not rows.size:
+        common.fail(f"{path} holds {rows.dtype} of shape {rows.shape}: real numbers of shape (n, D) are needed, a row for each sample")
+    rows = rows.astype(np.float64)
+    bad = np.flatnonzero(~np.isfinite(rows).all(1))
+    if len(bad):
+        common.fail(f"{path} has entries that are not finite in {len(bad)} rows, the first {bad[:5].tolist()}: mend or drop them")
+    if columns and rows.shape[1] != columns:
+        common.fail(f"{path} has {rows.shape[1]} columns, not {columns}: all files need the same")
+    return torch.from_numpy(rows)
+
+
+def read_csv(path):
+    rows = []
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            for line, cells in enumerate(csv.reader(file), 1):
+                try:
+                    rows.append([float(cell) for cell in cells])
+                except ValueError:
+                    if rows or line > 1:  # one header line may stand first
+                        common.fail(f"{path} line {line} holds text, {','.join(cells)[:40]!r}: numbers only, after at most one header line")
+                if rows and len(rows[-1]) != len(rows[0]):
+                    common.fail(f"{path} line {line} has {len(rows[-1])} columns, the first {len(rows[0])}: all need the same")
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        common.fail(f"{path} cannot be read as text ({error}): name a .csv of numbers")
+    return np.array(rows, dtype=np.float64).reshape(len(rows), -1)
+
+
+def read_files():
+    if len(args.files) != 2:
+        common.fail(f"{len(args.files)} files: name two, X and Y, or a made-up --pair")
+    X = read_rows(args.files[0])
+    Y = read_rows(args.files[1], X.shape[1])
+    for path, rows in zip(args.files, (X, Y)):
+        if len(rows) < 50:
+            common.fail(f"{path} has {len(rows)} rows: at least 50 are needed to learn from and to hold some out")
+    return X, Y, "_".join(os.path.splitext(os.path.basename(path))[0] for path in args.files)
+
+
+# ---------------------------------------------------------------------------------------------- pairs with a known plan
+
+class Known:
+    """A made-up pair and its plan, pi(.|x) = sum_k w_k(x) N(m_k(x), C_k), from a seed of its own."""
+
+    def __init__(self, dim, eps, components):
+        self.dim, self.eps, self.generator = dim, eps, torch.Generator().manual_seed(PAIR_SEED)
+        if components == 1:  # N(0, S0) -> N(0, S1), deviations from 1/2 to 2 along random axes
+            F0, F1 = (self.rotation(1)[0] * 2 ** torch.linspace(-1, 1, dim, dtype=torch.float64) for _ in range(2))
+            self.root0, T = F0, common.gaussian_map(F0 @ F0.T, F1 @ F1.T, eps)
+            self.slope, self.shift, self.C = T[None], torch.zeros(1, dim, dtype=torch.float64), eps * T[None]
+            self.joint = torch.cat([torch.cat([F0 @ F0.T, F0 @ F0.T @ T], 1), torch.cat([T @ F0 @ F0.T, F1 @ F1.T], 1)])
+        else:  # N(0, I) -> Q, the y of pi(y|x) ~ N(y; x, eps I) sum_k N(y; mu_k, Sig_k) (Gushchin et al., NeurIPS 2023)
+            mu = 5 * nn.functional.normalize(self.normal(components, dim), dim=1)
+            rotation, spread = self.rotation(components), 4 ** (torch.rand(components, 1, dim, generator=self.generator).double() - 0.5)
+            Sig = rotation * spread @ rotation.mT
+            self.root0, eye = torch.eye(dim, dtype=torch.float64), torch.eye(dim, dtype=torch.float64)
+            self.C = torch.linalg.inv(eye / eps + torch.linalg.inv(Sig))
+            self.slope, self.shift = self.C / eps, (self.C @ torch.linalg.solve(Sig, mu[..., None])).squeeze(2)
+            self.seen = mu, torch.linalg.inv(torch.linalg.cholesky(Sig + eps * eye))  # of component k by x: N(x; mu_k, Sig_k + eps I)
+        self.root = torch.linalg.cholesky(self.C)
+
+    def normal(self, *shape):
+        return torch.randn(*shape, generator=self.generator, dtype=torch.float64)
+
+    def rotation(self, n):
+        return torch.linalg.qr(self.normal(n, self.dim, self.dim))[0]
+
+    def source(self, n):
+        return torch.randn(n, self.dim, dtype=torch.float64) @ self.root0.T
+
+    def weights(self, x):
+        if len(self.C) == 1:
+            return torch.ones(len(x), 1, dtype=torch.float64)
+        mu, inverse = self.seen
+        z = torch.einsum("kde,nke->nkd", inverse, x[:, None] - mu)
+        return (inverse.diagonal(dim1=1, dim2=2).log().sum(1) - z.square().sum(2) / 2).softmax(1)
+
+    def sample(self, x):
+        """Exact y ~ pi(.|x): (n, D) -> (n, D)."""
+        k, y = torch.multinomial(self.weights(x), 1).squeeze(1), torch.empty_like(x)
+        for j in range(len(self.C)):
+            rows = k == j
+            y[rows] = self.shift[j] + x[rows] @ self.slope[j].T + torch.randn_like(x[rows]) @ self.root[j].T
+        return y
+
+    def target(self, n):
+        return torch.cat([self.sample(self.source(min(n, 8192))) for _ in range(-(-n // 8192))])[:n]
+
+    def scores(self, sampler):
+        """sampler: x (n, D), how many -> y (n, how many, D)."""
+        x = self.source(PAIR_X)
+        w, m = self.weights(x), self.shift + torch.einsum("kde,ne->nkd", self.slope, x)
+        mean = (w[..., None] * m).sum(1)
+        away = m - mean[:, None]
+        covariance = torch.einsum("nk,kde->nde", w, self.C) + torch.einsum("nk,nkd,nke->nde", w, away, away)
+        variance = self.target(20_000).var(0).sum().item()
+        clouds = {"cond_uvp": sampler(x, PAIR_Y), "cond_floor": self.sample(x.repeat_interleave(PAIR_Y, 0)).view(PAIR_X, PAIR_Y, -1)}
+        scores = {key: sum(bw2(*three) for three in zip(y, mean, covariance)) / PAIR_X / variance * 100 for key, y in clouds.items()}
+        if len(self.C) == 1:
+            x, zero, half = self.source(100_000), torch.zeros(2 * self.dim, dtype=torch.float64), self.joint.trace().item() / 100
+            for key, y in (("plan_uvp", sampler(x, 1)[:, 0]), ("plan_floor", self.sample(x))):
+                scores[key] = bw2(torch.cat([x, y], 1), zero, self.joint) / half
+        return scores
+
+
+def root_of(S):
+    """Symmetric square root."""
+    values, vectors = torch.linalg.eigh(S)
+    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+
+
+def bw2(samples, mean, S):
+    """|mean - m|^2 + tr (S + C - 2 (S^1/2 C S^1/2)^1/2), m and C those of samples (n, D): twice the usual Bures-Wasserstein
+    distance.  The last trace as singular values of a product of roots: the root of an eigenvalue near 0 loses half the digits."""
+    away = samples - samples.mean(0)
+    cross = torch.linalg.svdvals(root_of(away.T @ away / len(samples)) @ root_of(S)).sum()
+    return ((samples.mean(0) - mean).square().sum() + away.square().sum() / len(samples) + S.trace() - 2 * cross).item()
+
+
+class Rolls:
+    """N(0, I) -> independent swiss rolls of train_toy.py, one in every two dimensions, turned by one rotation.  Neither cost
+    nor source sees it, so the plan is the product of 2-D plans, for which two discrete solves stand."""
+
+    def __init__(self, dim, eps, n=4000):
+        if dim % 2 or eps < 0.05:
+            common.fail("--pair rolls has an even --dim, and --eps from 0.05 up: below, its discrete reference does not converge")
+        self.dim, self.eps = dim, eps
+        self.rotation = torch.linalg.qr(torch.randn(dim, dim, generator=torch.Generator().manual_seed(PAIR_SEED), dtype=torch.float64))[0]
+        self.n = 200 if args.smoke else n
+
+    def source(self, n):
+        return torch.randn(n, self.dim, dtype=torch.float64)
+
+    def roll(self, n):
+        t = 1.5 * math.pi * (1 + 2 * torch.rand(n, dtype=torch.float64))
+        return (torch.stack([t * t.cos(), t * t.sin()], 1) + 0.5 * torch.randn(n, 2, dtype=torch.float64)) / 8
+
+    def target(self, n):
+        return torch.cat([self.roll(n) for _ in range(self.dim // 2)], 1) @ self.rotation.T
+
+    def scores(self, sampler, x_count=64):
+        x = self.source(x_count)
+        planes = (x @ self.rotation).view(x_count, -1, 2).transpose(0, 1)
+        y = (sampler(x, PAIR_Y) @ self.rotation).view(x_count, PAIR_Y, -1, 2)
+        angles = math.pi * torch.arange(50, dtype=torch.float64) / 50
+        directions, levels = torch.stack([angles.cos(), angles.sin()]), (torch.arange(PAIR_Y) + 0.5) / PAIR_Y
+        learned, references = [(y[:, :, p] @ directions).sort(1).values for p in range(len(planes))], []
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            a, b, weight = torch.randn(self.n, 2, dtype=torch.float64), self.roll(self.n), np.full(self.n, 1 / self.n)
+            _, log = ot.sinkhorn(weight, weight, torch.cdist(a, b).square().numpy() / 2, self.eps, numItermax=3000, stopThr=1e-7, log=True)
+            g, columns = self.eps * torch.from_numpy(log["v"]).clamp_min(1e-300).log(), []
+            weights = [((p @ b.T - b.square().sum(1) / 2 + g) / self.eps).softmax(1) for p in planes]
+            for u in directions.T:
+                value, order = (b @ u).sort()
+                columns.append([value[torch.searchsorted(c, (levels * c[:, -1:])).clamp(max=self.n - 1)]
+                                for c in (w[:, order].cumsum(1) for w in weights)])
+            references.append([torch.stack(per_plane, 2) for per_plane in zip(*columns)])
+        error = [sum((a - b).square().mean().item() for a, b in zip(q, r)) for q, r in
+                 ((learned, references[0]), (learned, references[1]), references)]
+        return {"cond_ratio": (error[0] + error[1]) / 2 / error[2]}
+
+
+# ---------------------------------------------------------------------------------------------- the two sets, standardised
+
+if args.files:
+    pair, (X, Y, label) = None, read_files()
+else:
+    kind, dim, pair_eps = args.pair or ("mixture" if args.smoke else ""), args.dim, args.eps or 1.0
+    if not kind:
+        common.fail("name two files, X and Y, or a made-up --pair (-h lists the options)")
+    pair = Rolls(dim, pair_eps) if kind == "rolls" else Known(dim, pair_eps, 5 if kind == "mixture" else 1)
+    X, Y, label, args.eps = pair.source(PAIR_ROWS), pair.target(PAIR_ROWS), f"{kind}_dim{dim}", pair_eps
+new_x = read_rows(args.map, X.shape[1]) if args.map else None
+
+DIM = X.shape[1]
+center_x, center_y = X.mean(0), Y.mean(0)  # moving either set only adds to the cost what depends on x alone or on y alone
+mean_cost = ((X - center_x).square().sum(1).mean() + (Y - center_y).square().sum(1).mean()).item() / 2
+UNIT = math.sqrt(mean_cost / DIM)  # one number for both sets, since the cost compares them
+if not UNIT > 0:
+    common.fail("all rows are equal: there is nothing to transport")
+if not 1e-4 * mean_cost <= (args.eps or mean_cost) <= 1e3 * mean_cost:
+    common.fail(f"--eps {args.eps:g} would mean nothing on these data: between independent pairs the centred cost is {mean_cost:.3g}; "
+                f"choose from {1e-4 * mean_cost:.2g} to {1e3 * mean_cost:.2g}, as a rule {EPS_SHARE * mean_cost:.2g}")
+eps_given = args.eps or float(f"{EPS_SHARE * mean_cost:.3g}")
+EPS = eps_given / UNIT ** 2
+print(f"{label}: {len(X)} sources, {len(Y)} targets, {DIM} columns; mean cost of centred independent pairs {mean_cost:.4g}, "
+      f"eps {eps_given:g}" + f" ({EPS_SHARE:g} of it; --eps sets another)" * (not args.eps))
+DATA = hashlib.sha256(X.numpy().tobytes() + Y.numpy().tobytes()).hexdigest()[:16]
+
+
+def standard(rows, center):
+    return ((rows - center) / UNIT).float().to(device)
+
+
+def split(rows, center):
+    """-> rows to train on, held-out rows."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(SEED))
+    return [standard(rows[o], center) for o in (order[len(rows) // HELD_OUT:], order[:len(rows) // HELD_OUT])]
+
+
+(x_train, x_held), (y_train, y_held) = split(X, center_x), split(Y, center_y)
+RUNGS = 1 if EPS >= TOP else 1 + math.ceil(1.1 * math.sqrt(DIM) * math.log10(TOP / EPS))  # neighbours exchange 0.3 to 0.5
+SCALE = 5.0 * max(1.0, EPS)  # of the net: of the order of the cost, beyond eps 1 of eps log q
+CONSTANTS = common.constants_of(globals())
+name = os.path.join(args.out, f"points_{label}_eps{eps_given:g}_seed{SEED}" + "_smoke" * args.smoke)
+
+
+def batch(rows, n):
+    return rows if n >= len(rows) else rows[torch.randint(len(rows), (n,), device=device)]
+
+
+# ---------------------------------------------------------------------------------------------- the mixture
+
+def gain_of(new, old):
+    """What held-out rows gain in the dual objective from mixture new over old, and its standard error."""
+    on_y, on_x = new(y_held) - old(y_held), EPS * (new.log_z(x_held) - old.log_z(x_held))
+    return (on_y.mean() - on_x.mean()).item(), (on_y.var() / len(on_y) + on_x.var() / len(on_x)).sqrt().item()
+
+
+def fit_mixture():
+    """The mixture of the fewest components that held-out rows tell from the next larger one."""
+    chosen = None
+    for components in COMPONENTS:
+        mixture, best = common.Mixture(DIM, components, EPS).to(device), (-math.inf, None)
+        for step in mixture.fit(lambda: batch(x_train, FIT_ROWS), lambda: batch(y_train, FIT_ROWS), FIT_STEPS if components > 1 else 0,
+                                memory=1.0 if FIT_ROWS >= max(len(x_train), len(y_train)) else 0.1, prior=DIM / min(len(x_train), len(y_train))):
+            value = mixture.objective(x_held[:5000], y_held[:5000]).item()
+            if value > best[0]:
+                best = value, {k: v.clone() for k, v in mixture.state_dict().items()}
+        mixture.load_state_dict(best[1])
+        gain, error = gain_of(mixture, chosen) if chosen else (best[0], 0.0)
+        print(f"mixture of {components}: objective on held-out rows {UNIT ** 2 * best[0]:.4f}, gain {UNIT ** 2 * gain:.2g} +- {UNIT ** 2 * error:.2g}, "
+              f"{time.perf_counter() - start_time:.0f} s")
+        if chosen and not gain > 2 * error:
+            break
+        chosen = mixture
+    return chosen
+
+
+def kept_components():
+    """How many the checkpoint to resume has; 1 where it cannot be read, of which common.Run then says why."""
+    try:
+        return min(len(common.read_checkpoint(name + ".pt")["mixture"]["log_a"]), COMPONENTS[-1])
+    except Exception:
+        return 1
+
+
+mixture = common.Mixture(DIM, kept_components(), EPS).to(device) if args.resume else fit_mixture()
+K = len(mixture.r)
+
+
+# ---------------------------------------------------------------------------------------------- the net
+
+class Net(nn.Module):
+    """What f has beyond the mixture: (B, D) -> (B,), 0 at the start."""
+
+    def __init__(self):
+        super().__init__()
+        values, vectors = torch.linalg.eigh(torch.cov(y_train.T.double()))
+        deviations = values.clamp_min(1e-4 * values[-1]).sqrt()
+        self.register_buffer("axes", (vectors / deviations).float())  # no direction is stretched by more than 100
+        self.heads = common.Heads(DIM, DIM, WIDTH, DEPTH, SCALE)
+        self.heads.init_first_layer_at(batch(y_train, 4096) @ self.axes, SHARPNESS)
+        nn.init.zeros_(self.heads.last)
+
+    def forward(self, y):
+        return self.heads(y @ self.axes)
+
+
+def mcmc_step(net, x, y, n_steps):
+    """Moves chains y (B, RUNGS, D) of sources x (B, D) by Langevin steps, then exchange -> y, accepted and exchanged fractions."""
+    flat, log_p, accepted = common.mala(lambda y: mixture(y) + net(y), x.repeat_interleave(RUNGS, 0), y.flatten(0, 1), ladder.repeat(len(x)),
+                                        bank.eta.repeat(len(x))[:, None], n_steps, precond=precond)
+    y, exchanged = common.exchange(flat.view(y.shape), log_p.view(len(x), RUNGS), ladder)
+    return y, accepted.view(len(x), RUNGS).mean(0), exchanged
+
+
+def start_chains(x):
+    return mixture.sample(x.repeat_interleave(RUNGS, 0)).view(len(x), RUNGS, DIM)
+
+
+def sample_plan(x, per_x=1, steps=SAMPLE_STEPS, chains=None):
+    """y ~ pi_f(.|x): (n, D) -> (n, per_x, D).  By `chains` chains for each x (default: per_x), which then give several y."""
+    if not run.total:  # no net was needed
+        return mixture.sample(x.repeat_interleave(per_x, 0)).view(len(x), per_x, DIM)
+    chains, out = min(chains or per_x, per_x), []
+    for x_part in x.repeat_interleave(chains, 0).split(2 ** 13):
+        y = start_chains(x_part)
+        for _ in range(steps):
+            y, _, _ = mcmc_step(net_best, x_part, y, 1)
+        snapshots = [y[:, 0]]
+        while len(snapshots) * chains < per_x:
+            for _ in range(steps // 10):
+                y, _, _ = mcmc_step(net_best, x_part, y, 1)
+            snapshots.append(y[:, 0])
+        out.append(torch.stack(snapshots, 1))
+    return torch.cat(out).view(len(x), -1, DIM)[:, :per_x]
+
+
+@torch.no_grad()
+def net_gain(net):
+    """What held-out rows gain in the dual objective from the net: -> gain, its standard error, effective share of draws."""
+    on_y = net(y_held[:SCORED])
+    log_z, effective = common.log_z_ratio(mixture, net, x_held[:GAIN_X], GAIN_DRAWS, GAIN_STEPS, bank.eta[0], precond)
+    error = (on_y.var() / len(on_y) + EPS ** 2 * log_z.var() / len(log_z)).sqrt()
+    return on_y.mean() - EPS * log_z.mean(), error, effective
+
+
+ladder = EPS * (max(TOP / EPS, 1.0) ** (torch.arange(RUNGS, device=device) / max(RUNGS - 1, 1)))
+metric = torch.einsum("k,kde->de", mixture.share, mixture.S)
+precond = torch.linalg.cholesky(metric) if not args.resume else torch.eye(DIM, device=device)
+net, net_avg, net_best = (Net().to(device) for _ in range(3))
+net_avg.load_state_dict(net.state_dict())
+net_best.load_state_dict(net.state_dict())
+opt = torch.optim.Adam(net.parameters(), lr=LR, betas=BETAS, fused=True)
+chains_x = batch(x_train, CHAINS)
+bank = common.Bank(chains_x, start_chains(chains_x), eta=ladder / 20, best_gain=torch.zeros(()), best_step=torch.zeros(()), trusted=torch.ones(()),
+                   history=torch.zeros(STEPS // LOG_EVERY, 3)).to(device)
+
+parts = {"mixture": mixture, "net": net, "net_avg": net_avg, "net_best": net_best, "opt": opt, "bank": bank}
+run = common.Run(args, name + ".pt", parts, STEPS if K == COMPONENTS[-1] else 0, LOG_EVERY, CONSTANTS)
+precond = torch.linalg.cholesky(torch.einsum("k,kde->de", mixture.share, mixture.S))
+
+
+def given_up():
+    return bank.trusted > 0 and run.step - bank.best_step > PATIENCE * STEPS
+
+
+if given_up():
+    run.total = run.step
+for step in run.steps():
+    opt.param_groups[0]["lr"] = common.warm_cosine(LR, step, WARMUP, STEPS)
+    rows = bank.rows(min(BATCH, len(bank.x)))
+    x, y = bank.x[rows], bank.y[rows]
+    fresh = torch.rand(len(x), 1, device=device) < REFRESH
+    new = x_train[torch.randint(len(x_train), (len(x),), device=device)]
+    x, y = torch.where(fresh, new, x), torch.where(fresh[..., None], start_chains(new), y)
+    y, accepted, exchanged = mcmc_step(net, x, y, N_LANGEVIN)
+    bank.eta *= torch.exp(0.03 * N_LANGEVIN * (accepted - ACCEPT))
+    bank.x[rows], bank.y[rows] = x, y
+    gap = common.train_step(net, opt, batch(y_train, TARGETS), y[:, 0])
+    common.update_ema(net_avg, net, EMA_DECAY, step)
+    if step % LOG_EVERY == 0:
+        gain, error, effective = net_gain(net_avg)
+        bank.trusted.fill_(effective > 0.1)
+        bank.history[step // LOG_EVERY - 1] = torch.stack([torch.tensor(float(step), device=device), gain, effective])
+        if not bank.trusted or gain > max(bank.best_gain, 2 * error):
+            bank.best_gain.copy_(gain if bank.trusted else 0 * gain)
+            bank.best_step.fill_(step)
+            net_best.load_state_dict(net_avg.state_dict())
+        if given_up():
+            run.total = step
+    if run.due():
+        run.log({"gap": 1e3 * SCALE, "y": 1e3, "max_param": 1e3}, gap=gap, y=y[:, 0].norm(dim=1).mean(), accept=accepted.mean(), exchange=exchanged.mean() if RUNGS > 1 else 0,
+                max_param=common.max_param(net), gain=UNIT ** 2 * bank.history[:, 1][(step // LOG_EVERY or 1) - 1])
+
+# ---------------------------------------------------------------------------------------------- scores
+
+torch.manual_seed(SEED)  # mapping, too, is the same after --resume
+
+
+def data_units(y):
+    """Standardised y (..., D) on any device -> the data's own units, float64 on the CPU."""
+    return y.double().cpu() * UNIT + center_y
+
+
+if args.map:
+    mapped = data_units(sample_plan(standard(new_x, center_x), args.per_x))
+    bridge = new_x[:, None].lerp(mapped, args.time)
+    bridge += math.sqrt(eps_given * args.time * (1 - args.time)) * torch.randn_like(bridge)
+    problem = common.write_aside(name + "_mapped.npy", lambda file: np.save(file, bridge.numpy()))
+    if problem:
+        common.fail(f"{problem}: free some space, then --resume --map {args.map} again")
+    print(f"wrote {name}_mapped.npy, {tuple(bridge.shape)}")
+
+
+def distances(a, b):
+    """Energy distance and sliced W2^2 between samples of one size (n, D), pairs of a point with itself included."""
+    energy = 2 * torch.cdist(a, b).mean() - torch.cdist(a, a).mean() - torch.cdist(b, b).mean()
+    directions = nn.functional.normalize(torch.randn(a.shape[1], DIRECTIONS, device=a.device), dim=0)
+    return torch.stack([energy, ((a @ directions).sort(0).values - (b @ directions).sort(0).values).square().mean()])
+
+
+def distances_to_target(y):
+    """Of the pushed source y (n, D) to halves of the held-out target, mean over random halves, and between these halves."""
+    size, to_halves, floor = min(len(y), len(y_held) // 2, SCORED), [], []
+    for _ in range(SPLITS):
+        one, other = y_held[torch.randperm(len(y_held), device=device)[:2 * size]].chunk(2)
+        pushed = y[torch.randperm(len(y), device=device)[:size]]
+        to_halves.append((distances(pushed, one) + distances(pushed, other)) / 2)
+        floor.append(distances(one, other))
+    return torch.stack(to_halves).mean(0), torch.stack(floor).mean(0)
+
+
+test_x = x_held[:4 * SCORED]
+pushed = sample_plan(test_x)[:, 0]
+(energy, sw2), (energy_floor, sw2_floor) = distances_to_target(pushed)
+(energy_4x, sw2_4x), _ = distances_to_target(sample_plan(test_x, steps=4 * SAMPLE_STEPS)[:, 0])
+units = UNIT, UNIT ** 2  # of energy distance and of sw2
+scores = {"energy": UNIT * energy, "energy_4x": UNIT * energy_4x, "energy_floor": UNIT * energy_floor, "energy_ratio": energy / energy_floor,
+          "sw2": UNIT ** 2 * sw2, "sw2_4x": UNIT ** 2 * sw2_4x, "sw2_floor": UNIT ** 2 * sw2_floor,
+          "cost": UNIT ** 2 * common.quadratic_cost(test_x, pushed).mean() + (center_x - center_y).square().sum() / 2}
+gain, _, effective = net_gain(net_best) if run.total else (torch.zeros(()), None, torch.ones(()))
+gain = gain if effective > 0.1 else gain * math.nan
+scores |= {"objective": UNIT ** 2 * (mixture.objective(x_held, y_held) + gain), "gain": UNIT ** 2 * gain, "effective": effective}
+scores = {k: float(v) for k, v in scores.items()}
+if abs(scores["energy_4x"] - scores["energy"]) > 0.25 * scores["energy_floor"]:
+    print("warning: chains of SAMPLE_STEPS have not converged (energy against energy_4x): raise it, and --resume")
+if pair:
+    chains_each = 32 if kind == "rolls" else None
+    scores |= pair.scores(lambda x, n: data_units(sample_plan(standard(x, center_x), n, chains=chains_each)))
+
+# ---------------------------------------------------------------------------------------------- figure
+
+fig, axes = plt.subplots(1, 4, figsize=(19, 4.8), layout="constrained")
+view = torch.linalg.eigh(torch.cov(Y.T) if DIM > 1 else Y.var().view(1, 1)).eigenvectors[:, [-1, -min(2, DIM)]]  # widest two
+few = slice(0, 1000)
+points = {"source x": (test_x.double().cpu() * UNIT + center_x)[few] @ view, "target": data_units(y_held)[few] @ view, "pushed source y": data_units(pushed)[few] @ view}
+for (label_, z), color in zip(points.items(), ("tab:blue", "0.6", "tab:red")):
+    axes[0].scatter(*z.T, s=3, c=color, label=label_)
+axes[0].legend()
+axes[0].set(title=f"held-out points (energy distance {scores['energy_ratio']:.2f} of the floor)", xlabel="target's two widest axes")
+axes[1].add_collection(LineCollection(torch.stack([points["source x"], points["pushed source y"]], 1)[:200].numpy(), colors="0.6", linewidths=0.4))
+for label_, color in (("source x", "tab:blue"), ("pushed source y", "tab:red")):
+    axes[1].scatter(*points[label_][:200].T, s=4, c=color)
+axes[1].set(title="pairs of the learned plan")
+axes[2].scatter(*points["target"].T, s=3, c="0.85")
+for k, cloud in enumerate(data_units(sample_plan(test_x[:6], 200)) @ view):
+    axes[2].scatter(*cloud.T, s=4, c=f"C{k}")
+    axes[2].scatter(*points["source x"][k], s=110, c=f"C{k}", marker="*", edgecolors="k")
+axes[2].set(title="y of six x (stars)")
+seen = bank.history[:, 0] > 0
+if seen.any():
+    axes[3].plot(bank.history[seen, 0].cpu(), UNIT ** 2 * bank.history[seen, 1].cpu(), "o-")
+    axes[3].set(title="held-out gain of the net over the mixture", xlabel="steps", ylabel="dual objective")
+else:
+    axes[3].axis("off")
+    axes[3].text(0.5, 0.5, f"a mixture of {K} explains the\nheld-out points: no net was needed", ha="center")
+fig.suptitle(f"{label}, {DIM} dimensions, eps = {eps_given:g}: cost {scores['cost']:.4g}, {run.step} steps of the net, {run.seconds:.0f} s")
+common.save_figure(fig, name + ".png")
+print(f"wrote {name}.png and {name}.pt")
+print(f"final eps {eps_given:g} dim {DIM} seed {SEED} components {K} " + " ".join(f"{k} {v:.4g}" for k, v in scores.items()) +
+      f" steps {run.step} finished {int(run.step == run.total)} train_s {run.seconds:.1f} total_s {time.perf_counter() - start_time:.1f}")
