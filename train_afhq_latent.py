@@ -286,7 +286,7 @@ def step_chains(f, x, z, candidates, leave=0.0):
     -> z (B, D), fraction that jumped, accepted fraction of the Langevin steps."""
     z, log_p, accepted = common.mala(f, x, z, EPS, bank.eta, N_LANGEVIN, cost)
     log_p = torch.where(torch.rand_like(log_p) < leave, -torch.inf, log_p)
-    return *jump(f, x, z, log_p, candidates), accepted
+    return *jump(f, x, z, log_p, candidates), accepted.mean()
 
 
 @torch.no_grad()
