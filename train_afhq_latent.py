@@ -181,7 +181,7 @@ def list_images():
 
 
 def decode(path):
-    """The central square, averaged down: bytes (SIDE, SIDE, 3)."""
+    """A file's central square, averaged down: (SIDE, SIDE, 3) bytes."""
     try:
         with Image.open(path) as image:  # reads the header only
             if image.mode[0] in "IF":
@@ -203,8 +203,7 @@ with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
         pixels = torch.from_numpy(np.stack(list(threads.map(decode, train + held_out))))  # (n, SIDE, SIDE, 3)
     except ValueError as error:
         common.fail(str(error))
-described = [(os.path.relpath(path, args.data), os.path.getsize(path)) for path in train + held_out]
-CONSTANTS["IMAGES"] = hashlib.sha256(repr(described).encode()).hexdigest()[:16]
+CONSTANTS["IMAGES"] = hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:16]  # resumed with these only
 
 
 # ---------------------------------------------------------------------------------------------- cost
@@ -287,7 +286,7 @@ def step_chains(f, x, z, candidates, leave=0.0):
     -> z (B, D), fraction that jumped, accepted fraction of the Langevin steps."""
     z, log_p, accepted = common.mala(f, x, z, EPS, bank.eta, N_LANGEVIN, cost)
     log_p = torch.where(torch.rand_like(log_p) < leave, -torch.inf, log_p)
-    return *jump(f, x, z, log_p, candidates), accepted
+    return *jump(f, x, z, log_p, candidates), accepted.mean()
 
 
 @torch.no_grad()
