@@ -65,14 +65,14 @@ start_time = time.perf_counter()
 SEED = args.seed
 EPS_SHARE = 0.05         # of the mean cost between independent pairs: eps, unless given
 HELD_OUT = 10            # one in so many rows
-COMPONENTS = (1, 5, 10, 20)  # of the mixture, tried in this order until held-out points stop gaining
-FIT_STEPS, FIT_ROWS = 60, 20_000  # of the mixture; rows per step, drawn anew each time
+COMPONENTS = (1, 5, 20, 100)  # of the mixture, tried in this order until held-out points stop gaining
+FIT_STEPS, FIT_PATIENCE, FIT_ROWS = 60, 10, 20_000  # of the mixture; rows per step, drawn anew each time
 STEPS = 3000             # Adam steps of the net
 BATCH, TARGETS = 512, 1024  # chains moved per step, a ladder of temperatures each, and target samples
 CHAINS = 4096            # sources with persistent chains
 REFRESH = 0.01           # share of a batch given a new source per step
 TOP = 1.0                # hottest temperature: that of the data
-WIDTH, DEPTH = 32, 3     # of each head of the net
+WIDTH, DEPTH = 64, 3     # of each head of the net
 SHARPNESS = 3.0          # 1/width of the first layer's ramps at the start
 N_LANGEVIN, ACCEPT = 2, 0.7  # steps of a chain per training step, and the accepted fraction they are led to
 LR, BETAS = 3e-3, (0.0, 0.99)  # of Adam, without momentum, which would swing against the chains; falls to 0 by a cosine
@@ -327,14 +327,17 @@ def gain_of(new, old):
 
 def fit_mixture():
     """The mixture of the fewest components that held-out rows tell from the next larger one."""
-    chosen = None
+    chosen, n = None, min(len(x_train), len(y_train))
     for components in COMPONENTS:
-        mixture, best = common.Mixture(DIM, components, EPS).to(device), (-math.inf, None)
-        for step in mixture.fit(lambda: batch(x_train, FIT_ROWS), lambda: batch(y_train, FIT_ROWS), FIT_STEPS if components > 1 else 0,
-                                memory=1.0 if FIT_ROWS >= max(len(x_train), len(y_train)) else 0.1, prior=DIM / min(len(x_train), len(y_train))):
+        mixture, best = common.Mixture(DIM, components, EPS).to(device), (-math.inf, None, 0)
+        rows = FIT_ROWS if components > 1 else n
+        for step in mixture.fit(lambda: batch(x_train, rows), lambda: batch(y_train, rows), FIT_STEPS if components > 1 else 0,
+                                memory=1.0 if rows >= n else 0.1, prior=DIM / n):
             value = mixture.objective(x_held[:5000], y_held[:5000]).item()
             if value > best[0]:
-                best = value, {k: v.clone() for k, v in mixture.state_dict().items()}
+                best = value, {k: v.clone() for k, v in mixture.state_dict().items()}, step
+            if step - best[2] >= FIT_PATIENCE:
+                break
         mixture.load_state_dict(best[1])
         gain, error = gain_of(mixture, chosen) if chosen else (best[0], 0.0)
         print(f"mixture of {components}: objective on held-out rows {UNIT ** 2 * best[0]:.4f}, gain {UNIT ** 2 * gain:.2g} +- {UNIT ** 2 * error:.2g}, "
@@ -500,7 +503,7 @@ def distances_to_target(y):
     return torch.stack(to_halves).mean(0), torch.stack(floor).mean(0)
 
 
-test_x = x_held[:4 * SCORED]
+test_x = x_held[:2 * SCORED]
 pushed = sample_plan(test_x)[:, 0]
 (energy, sw2), (energy_floor, sw2_floor) = distances_to_target(pushed)
 (energy_4x, sw2_4x), _ = distances_to_target(sample_plan(test_x, steps=4 * SAMPLE_STEPS)[:, 0])
