@@ -63,10 +63,10 @@ def test_bad_command_lines(bad, monkeypatch, capsys):
 
 def test_bad_eps_and_dim_of_the_scripts(tmp_path):
     refuses(run("train_toy.py", "--eps", "nan", cwd=tmp_path, code=2), "--eps", "number from")
-    for script in ("train_gauss.py", "train_cmnist.py", "train_afhq_latent.py"):
+    for script in ("train_points.py", "train_cmnist.py", "train_afhq_latent.py"):
         refuses(here(script, "--eps", "-1", "--out", tmp_path, code=2)[0], "--eps", "number from")
     for dim in ("0", "-3", "2.5", "many", "100000"):
-        refuses(here("train_gauss.py", "--dim", dim, "--out", tmp_path, code=2)[0], "--dim", "whole number from 1")
+        refuses(here("train_points.py", "--dim", dim, "--out", tmp_path, code=2)[0], "--dim", "whole number from 1")
 
 
 def test_a_console_of_ascii_and_paths_beyond_it(tmp_path):
@@ -87,7 +87,7 @@ def test_a_console_of_ascii_and_paths_beyond_it(tmp_path):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
-@pytest.mark.parametrize("script, library", [("train_toy.py", "numpy"), ("train_gauss.py", "libtorch_cpu"),
+@pytest.mark.parametrize("script, library", [("train_toy.py", "numpy"), ("train_points.py", "libtorch_cpu"),
                                              ("train_cmnist.py", "matplotlib"), ("train_not.py", "libtorch_python"),
                                              ("train_afhq_latent.py", "_lzma"), ("eval_fid.py", "libtorch_cpu")])
 def test_ctrl_c_during_the_imports(script, library, tmp_path):
@@ -207,7 +207,7 @@ def test_a_second_signal_ends_at_once(tmp_path, monkeypatch, short, number):
     assert steps_kept(tmp_path) == {"short_seed0.pt": 0}
 
 
-@pytest.mark.parametrize("console", ["head has ended", "full disk"])
+@pytest.mark.parametrize("console", ["head has ended", "full disk", "closed"])
 def test_a_console_that_takes_no_more_costs_only_its_lines(console, tmp_path, short):
     """`| head -1` closes the pipe, as the Ctrl-C does that a `| tee log` does not outlive; then comes that Ctrl-C."""
     wait_at_12 = """
@@ -221,8 +221,8 @@ def interrupted(self):
 common.Run.due = interrupted"""
     with open("/dev/full", "w") as full:
         process = subprocess.Popen(command(short.script, "--out", tmp_path, prelude=wait_at_12), stdin=subprocess.PIPE,
-                                   stdout=subprocess.PIPE if console == "head has ended" else full,
-                                   stderr=subprocess.PIPE, text=True)
+                                   stdout=subprocess.PIPE if console == "head has ended" else full, text=True,
+                                   stderr=subprocess.PIPE, preexec_fn=lambda: console == "closed" and os.close(1))
     if process.stdout:
         assert process.stdout.readline().startswith("step ")
         process.stdout.close()
