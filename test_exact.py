@@ -63,10 +63,10 @@ def test_bad_command_lines(bad, monkeypatch, capsys):
 
 def test_bad_eps_and_dim_of_the_scripts(tmp_path):
     refuses(run("train_toy.py", "--eps", "nan", cwd=tmp_path, code=2), "--eps", "number from")
-    for script in ("train_gauss.py", "train_cmnist.py", "train_afhq_latent.py"):
+    for script in ("train_points.py", "train_cmnist.py", "train_afhq_latent.py"):
         refuses(here(script, "--eps", "-1", "--out", tmp_path, code=2)[0], "--eps", "number from")
     for dim in ("0", "-3", "2.5", "many", "100000"):
-        refuses(here("train_gauss.py", "--dim", dim, "--out", tmp_path, code=2)[0], "--dim", "whole number from 1")
+        refuses(here("train_points.py", "--dim", dim, "--out", tmp_path, code=2)[0], "--dim", "whole number from 1")
 
 
 def test_a_console_of_ascii_and_paths_beyond_it(tmp_path):
@@ -87,7 +87,7 @@ def test_a_console_of_ascii_and_paths_beyond_it(tmp_path):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
-@pytest.mark.parametrize("script, library", [("train_toy.py", "numpy"), ("train_gauss.py", "libtorch_cpu"),
+@pytest.mark.parametrize("script, library", [("train_toy.py", "numpy"), ("train_points.py", "libtorch_cpu"),
                                              ("train_cmnist.py", "matplotlib"), ("train_not.py", "libtorch_python"),
                                              ("train_afhq_latent.py", "_lzma"), ("eval_fid.py", "libtorch_cpu")])
 def test_ctrl_c_during_the_imports(script, library, tmp_path):
@@ -207,7 +207,7 @@ def test_a_second_signal_ends_at_once(tmp_path, monkeypatch, short, number):
     assert steps_kept(tmp_path) == {"short_seed0.pt": 0}
 
 
-@pytest.mark.parametrize("console", ["head has ended", "full disk"])
+@pytest.mark.parametrize("console", ["head has ended", "full disk", "closed"])
 def test_a_console_that_takes_no_more_costs_only_its_lines(console, tmp_path, short):
     """`| head -1` closes the pipe, as the Ctrl-C does that a `| tee log` does not outlive; then comes that Ctrl-C."""
     wait_at_12 = """
@@ -221,8 +221,8 @@ def interrupted(self):
 common.Run.due = interrupted"""
     with open("/dev/full", "w") as full:
         process = subprocess.Popen(command(short.script, "--out", tmp_path, prelude=wait_at_12), stdin=subprocess.PIPE,
-                                   stdout=subprocess.PIPE if console == "head has ended" else full,
-                                   stderr=subprocess.PIPE, text=True)
+                                   stdout=subprocess.PIPE if console == "head has ended" else full, text=True,
+                                   stderr=subprocess.PIPE, preexec_fn=lambda: console == "closed" and os.close(1))
     if process.stdout:
         assert process.stdout.readline().startswith("step ")
         process.stdout.close()
@@ -526,9 +526,9 @@ def test_one_flipped_bit_is_refused_or_without_any_effect(short, short_checkpoin
             if k in guarded or not unchanged:
                 silent.append((k, bit))
         except Exception:
-            refused = content
+            damaged = content
     assert not silent
-    short.path.write_bytes(refused)
+    short.path.write_bytes(damaged)
     refuses(short("--resume", code=2), str(short.path), "start without --resume")
 
 
@@ -544,8 +544,8 @@ def replaced(state, old, new):
 @pytest.mark.parametrize("name", RUNS)
 def test_no_tensor_of_a_script_s_checkpoint_may_be_damaged(name, tmp_path, capsys, monkeypatch):
     """Each in turn not finite, or of another shape; and no state of training may lie outside what is checked."""
-    folder, _, values = whole(name)
-    state, one_run = checkpoint(folder, name), values["run"]
+    folder, _, script_globals = whole(name)
+    state, one_run = checkpoint(folder, name), script_globals["run"]
     assert state.keys() == {"step", "seconds", "rng", "constants", "code", *one_run.parts}
     tensors = [t for part in one_run.parts for t in common.tensors_in(state[part]).values()]
     assert len(tensors) > 10
@@ -641,12 +641,12 @@ def quadratic(y):
 
 def test_samplers_leave_the_network_alone():
     f, x = common.MLP(2, 8, 2), torch.randn(16, 2)
-    weights = [p.clone() for p in f.parameters()]
+    before = [p.clone() for p in f.parameters()]
     moved = (common.langevin(f, x, x, 0.1, 0.01, 3), common.mala(f, x, x, 0.1, 0.01, 3)[0],
              common.jump(f, x, x, x + 1, 0.1, 0.1)[0])
     for y in moved:
         assert not y.requires_grad and y.grad_fn is None and torch.isfinite(y).all()
-    assert all(p.grad is None and p.requires_grad and torch.equal(p, w) for p, w in zip(f.parameters(), weights))
+    assert all(p.grad is None and p.requires_grad and torch.equal(p, w) for p, w in zip(f.parameters(), before))
 
 
 def test_metropolis_removes_the_bias_of_the_step():
@@ -968,16 +968,16 @@ def test_cmnist_reads_real_files_and_refuses_bad_ones(tmp_path, monkeypatch):
     assert torch.equal(grey[1, 0, 2:30, 2:30], torch.from_numpy(images[13]) / 255)
     output, values = here("train_cmnist.py", "--smoke", "--data", tmp_path, "--out", tmp_path)
     assert final(output)["steps"] == 12 and len(values["grey_sources"]) == 3
-    smoke = ("train_cmnist.py", "--smoke", "--data", tmp_path, "--out", tmp_path)
+    options = ("train_cmnist.py", "--smoke", "--data", tmp_path, "--out", tmp_path)
     write_mnist(tmp_path, images, labels, True, cut=5000)
-    refuses(here(*smoke, code=2)[0], "no digits", "--data")
+    refuses(here(*options, code=2)[0], "no digits", "--data")
     write_mnist(tmp_path, images[:10] * 0, labels[:10], True)
-    refuses(here(*smoke, code=2)[0], "1 images of the digit 2")
+    refuses(here(*options, code=2)[0], "1 images of the digit 2")
     for bad, words in ((images[:, :20], "20 x 28 pixels"), (images[:, ::2, ::2], "14 x 14 pixels"),
                        (np.pad(images, ((0, 0), (2, 2), (2, 2))), "32 x 32 pixels"), (images * 0, "all alike")):
         write_mnist(tmp_path, bad, labels, True)
-        refuses(here(*smoke, code=2)[0], "not MNIST", "digit 2", words, "--data")
-    refuses(here("train_not.py", "--data-set", "cmnist", *smoke[1:], code=2)[0], "not MNIST", "all alike", "--data")
+        refuses(here(*options, code=2)[0], "not MNIST", "digit 2", words, "--data")
+    refuses(here("train_not.py", "--data-set", "cmnist", *options[1:], code=2)[0], "not MNIST", "all alike", "--data")
 
     def offline(*a, **k):
         raise OSError("Name or service not known")
@@ -1243,9 +1243,9 @@ def picture(k, height, width):
     return (((k + 3) * i * (c + 1) + (2 * k + 5) * j * (3 - c)) % 256).to(torch.uint8).permute(2, 0, 1)
 
 
-def write_picture(path, picture, mode="RGB"):
+def write_picture(path, pixels, mode="RGB"):
     path.parent.mkdir(exist_ok=True)
-    Image.fromarray(picture.permute(1, 2, 0).numpy()).convert(mode).save(path)
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).convert(mode).save(path)
 
 
 def gaussian(mu, sigma, **more):
@@ -1312,8 +1312,8 @@ def test_fid_of_images_is_that_of_pytorch_fid(fid, weights, tmp_path):
     torch.save({"x": torch.zeros(2, 3, 32, 32), "y": y / 127.5 - 1}, "pairs.pt")
     (tmp_path / "A" / "notes.txt").write_text("not an image, and not named like one")
     (tmp_path / "A" / "text.png").write_text("not an image")
-    whole = (tmp_path / "A" / "a.png").read_bytes()
-    (tmp_path / "A" / "half.png").write_bytes(whole[:len(whole) // 2])  # its header is good
+    png = (tmp_path / "A" / "a.png").read_bytes()
+    (tmp_path / "A" / "half.png").write_bytes(png[:len(png) // 2])  # its header is good
     Image.fromarray(np.full((9, 9), 40_000, np.uint16)).save("A/deep.png")
     refuses(fid("A", "pairs.pt", "--weights", weights, code=2), "text.png", "deep.png", "--skip-broken")
 
@@ -1615,8 +1615,8 @@ def tensors_of(G):
     for k, (name, like) in enumerate(sorted(G.state_dict().items())):
         i = torch.arange(like.numel(), dtype=torch.float64)
         scale = (140 if name.endswith("weight") else 20) if name.startswith("mapping.fc") else 1
-        values = scale * torch.sin(0.7 * i + 0.011 * i * i + 1.3 * k) + name.endswith("affine.bias")
-        filled[name] = values.view(like.shape).float()
+        fill = scale * torch.sin(0.7 * i + 0.011 * i * i + 1.3 * k) + name.endswith("affine.bias")
+        filled[name] = fill.view(like.shape).float()
     return filled
 
 
@@ -1748,7 +1748,7 @@ def bias(storage, offset=0, size=(4,), stride=(1,)):
 
 
 def test_poisoned_and_foreign_files_are_refused_by_one_sentence_and_nothing_is_run(tmp_path, official):
-    trip, tiny = tmp_path / "tripwire", TINY.state_dict()
+    trip, state = tmp_path / "tripwire", TINY.state_dict()
     mkdir, code = Reduced(os.mkdir, str(trip)), f"import os; os.mkdir({str(trip)!r})"
     path = "\x8c".encode("latin1") + bytes([len(str(trip))]) + str(trip).encode()
     bomb, zipped = pickle.dumps(mkdir, 2), io.BytesIO()
@@ -1783,7 +1783,7 @@ def test_poisoned_and_foreign_files_are_refused_by_one_sentence_and_nothing_is_r
         ("tensor that is none", in_table("_parameters", "bias", [1.0])),
         ("extra is unknown", in_table("_parameters", "extra", torch.zeros(1))),
         ("another shape", in_state("z_dim", 5, "")),
-        ("StyleGAN3", in_table("_modules", "input", official(tiny, name="synthesis.b4.torgb"), "synthesis")),
+        ("StyleGAN3", in_table("_modules", "input", official(state, name="synthesis.b4.torgb"), "synthesis")),
         ("module that is none", in_table("_modules", "input", {}, "synthesis")),
         ("sizes are impossible", in_state("_modules", {}, "mapping")),
         ("another version", lambda name, meta: meta.update(version=7)),
@@ -1796,8 +1796,8 @@ def test_poisoned_and_foreign_files_are_refused_by_one_sentence_and_nothing_is_r
         ("KeyError", lambda name, meta: meta["state"].pop("conv_clamp", 0)),
         ("KeyError", lambda name, meta: meta["state"].pop("w_dim", 0)),
         ("keys that are no names", in_state("x", {1: 2})), ("other things than names", in_state("x", {1}))]
-    good = open(write_generator(tmp_path / "good.pkl", official(tiny, **LAYOUT)), "rb").read()
-    edited = [(words, write_generator(tmp_path / f"{k}.pkl", official(tiny, edit, **LAYOUT)))
+    good = open(write_generator(tmp_path / "good.pkl", official(state, **LAYOUT)), "rb").read()
+    edited = [(words, write_generator(tmp_path / f"{k}.pkl", official(state, edit, **LAYOUT)))
               for k, (words, edit) in enumerate(edits)]
     files = [(words, open(file, "rb").read()) for words, file in edited] + [
         ("'posix mkdir'", b"cposix\nmkdir\n" + path + b"\x85R."), ("opcode INST", b"(" + path + b"iposix\nmkdir\n."),
@@ -1833,7 +1833,7 @@ def test_poisoned_and_foreign_files_are_refused_by_one_sentence_and_nothing_is_r
 # ------------------------------------------------------------------------------------------------ train_afhq_latent.py
 
 @pytest.fixture
-def values():
+def afhq():
     return whole("afhq_cat_eps1_seed0_smoke")[2]
 
 
@@ -1847,20 +1847,20 @@ def afhq_layout(folder, save, n=12):
 
 
 def truncated(path):
-    whole = io.BytesIO()
-    Image.effect_noise((64, 64), 50).save(whole, "jpeg")
-    path.write_bytes(whole.getvalue()[:600])
+    jpeg = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(jpeg, "jpeg")
+    path.write_bytes(jpeg.getvalue()[:600])
 
 
 @pytest.fixture
-def tiny(monkeypatch):
+def any_generator(monkeypatch):
     """Any --generator is a random one."""
     G = stylegan2.random_generator(8, 8, 16, channel_base=32, channel_max=8, num_layers=1, conv_clamp=None)
     monkeypatch.setattr(stylegan2, "load_generator", lambda path: G)
 
 
 @pytest.fixture
-def refused(tmp_path, tiny):
+def refused(tmp_path, any_generator):
     """Checks that a run on tmp_path/data ends with one sentence that holds these words, and leaves nothing behind."""
     def check(*words, generator=__file__, source="cat"):
         with warnings.catch_warnings(record=True) as seen:
@@ -1903,7 +1903,7 @@ def test_afhq_images_of_too_many_pixels_are_refused(side, tmp_path, refused):
     refused("bomb.png", " pixels", "replace or delete")
 
 
-def test_afhq_trains_on_files_and_names_every_translation(tmp_path, tiny, monkeypatch):
+def test_afhq_trains_on_files_and_names_every_translation(tmp_path, any_generator, monkeypatch):
     """Sources whose names differ in their folder or ending only; a pipe among them, which must not be waited for."""
     names = "a.png", "a.jpg", "b/a.png", "b_c/d.png", "b/c_d.png", "b/c/d.png", "e" * 200 + ".png"
     for k, path in enumerate(tmp_path / "data" / split / "cat" / name for split in ("train", "val") for name in names):
@@ -1919,7 +1919,7 @@ def test_afhq_trains_on_files_and_names_every_translation(tmp_path, tiny, monkey
     for number, path in enumerate(values["held_out"]):
         stem = os.path.splitext(os.path.basename(path))[0][:50]
         of_this = pictures[number * values["PER_IMAGE"]:(number + 1) * values["PER_IMAGE"]]
-        assert all(picture[5:].startswith(f"_{stem}_") for picture in of_this), (path, of_this)
+        assert all(file[5:].startswith(f"_{stem}_") for file in of_this), (path, of_this)
         z = values["translations"][number * values["PER_IMAGE"]][None]
         shown = np.asarray(Image.open(tmp_path / "dogs" / of_this[0])) / 255.0
         assert np.abs(shown - values["full_images"](z)[0].clamp(0, 1).permute(1, 2, 0).numpy()).max() < 0.51 / 255
@@ -1961,9 +1961,9 @@ def test_afhq_foreign_generator(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-def test_afhq_images_of_every_kind(tmp_path, values, monkeypatch):
+def test_afhq_images_of_every_kind(tmp_path, afhq, monkeypatch):
     """Grey, alpha, palette and oblong images: exactly the averages of the central square."""
-    decode, args, side, folder = values["decode"], values["args"], values["SIDE"], tmp_path / "any" / "deep"
+    decode, args, side, folder = afhq["decode"], afhq["args"], afhq["SIDE"], tmp_path / "any" / "deep"
     folder.mkdir(parents=True)
     blocks = np.random.default_rng(0).integers(0, 256, (side, side, 4), dtype=np.uint8)
     fine = blocks.repeat(3, 0).repeat(3, 1).astype(float)
@@ -1979,21 +1979,21 @@ def test_afhq_images_of_every_kind(tmp_path, values, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert (decode(folder / "P.png") == decode(folder / "L.png")).all()
-    files = values["train"] + values["held_out"]
-    assert len(values["pixels"]) == len(files) == 30
-    assert all((values["pixels"][k].numpy() == decode(file)).all() for k, file in enumerate(files))
+    files = afhq["train"] + afhq["held_out"]
+    assert len(afhq["pixels"]) == len(files) == 30
+    assert all((afhq["pixels"][k].numpy() == decode(file)).all() for k, file in enumerate(files))
 
     monkeypatch.setattr(args, "data", str(tmp_path / "any"))
-    train, held_out = values["list_images"]()
+    train, held_out = afhq["list_images"]()
     names = [os.path.basename(p) for p in held_out + train]
     assert names == ["L.png", "P.png", "RGB.png", "RGBA.png", "upright.png"]  # every tenth is held out
 
 
-def test_afhq_latent_sampler_on_a_linear_generator(values, monkeypatch):
+def test_afhq_latent_sampler_on_a_linear_generator(afhq, monkeypatch):
     """G(z) = A z and nothing learned: pi_f(.|x) = N(S A^T x / eps, S), S = (I + area A^T A / eps)^-1, sampled from a
     wrong start and from the exact law, with jumps; then the two costs, which must agree."""
     torch.manual_seed(0)
-    g = values["normality_stats"].__globals__
+    g = afhq["normality_stats"].__globals__
     eps, area, d, n = 0.5, 4.0, 3, 200
     A, x = torch.tensor([[1.0, 0.2, 0.0], [0.0, 0.8, 0.3]]), torch.tensor([0.7, -0.4])
     pool, xs = torch.randn(100_000, d), x.expand(n, -1)
@@ -2022,26 +2022,26 @@ def test_afhq_latent_sampler_on_a_linear_generator(values, monkeypatch):
     assert torch.allclose(g["cost"](xs[:5], z), area * (z @ A.T - x).square().sum(1) / 2, atol=1e-5)
 
 
-def test_afhq_scores_against_closed_forms(values):
+def test_afhq_scores_against_closed_forms(afhq):
     torch.manual_seed(0)
     z = torch.randn(4000, 6)
-    exact, off = values["normality_stats"](z), values["normality_stats"](torch.cat([1.1 * z[:, :5], z[:, 5:] + 0.5], 1))
+    exact, off = afhq["normality_stats"](z), afhq["normality_stats"](torch.cat([1.1 * z[:, :5], z[:, 5:] + 0.5], 1))
     assert exact["ks"] < 2.5 / 4000 ** 0.5 and abs(exact["var"] - 1) < 0.03
     assert off["ks"].item() == pytest.approx(math.erf(0.25 / math.sqrt(2)), abs=0.02)  # Phi(1/4) - Phi(-1/4)
     assert off["var"].item() == pytest.approx((5 * 1.21 + 1) / 6, abs=0.03)
     assert off["square"].item() == pytest.approx((5 * 1.21 + 1.25) / 6, abs=0.03)
     c = 3.0  # of the crossed pairs: the plan [[a, 1/2-a], [1/2-a, a]] has a = 1/2 / (1 + e^(-c/eps)), here with eps = 1
-    cost, error = values["discrete_plan_cost"](torch.tensor([[0.0, c], [c, 0.0]]).double())
+    cost, error = afhq["discrete_plan_cost"](torch.tensor([[0.0, c], [c, 0.0]]).double())
     assert cost == pytest.approx(c / (1 + math.exp(c)), rel=1e-3) and error < 1e-5
-    assert values["assigned"](torch.tensor([[1.0, 2.0, 0.1], [0.0, 5.0, 0.1], [3.0, 0.5, 4.0]])).tolist() == [2, 0, 1]
+    assert afhq["assigned"](torch.tensor([[1.0, 2.0, 0.1], [0.0, 5.0, 0.1], [3.0, 0.5, 4.0]])).tolist() == [2, 0, 1]
 
 
-def test_afhq_potential_and_colours(values, monkeypatch):
+def test_afhq_potential_and_colours(afhq, monkeypatch):
     """The net sees the direction only: along a ray f is -eps r^2/2 plus a constant.  A generator's own image needs no
     correction of its colours."""
-    f = values["f"]
+    f = afhq["f"]
     z = torch.randn(7, 32)
     assert torch.allclose(f(2 * z) - f(z), -1.5 * z.square().sum(1), atol=1e-3)
-    monkeypatch.setitem(values["normality_stats"].__globals__, "SIDE", 32)
+    monkeypatch.setitem(afhq["normality_stats"].__globals__, "SIDE", 32)
     identity = torch.cat([torch.eye(3) / 2, torch.full((1, 3), 0.5)])
-    assert torch.allclose(values["match_colours"](8).cpu(), identity, atol=1e-4)
+    assert torch.allclose(afhq["match_colours"](8).cpu(), identity, atol=1e-4)

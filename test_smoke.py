@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 
+import matplotlib.pyplot as plt
 import numpy as np
 import ot
 import pytest
@@ -73,6 +74,7 @@ def here(script, *options, code=0):
         ended = end.code or 0
     finally:
         sys.argv = argv
+        plt.close("all")
         torch.set_flush_denormal(False)
         for number, handler in handlers.items():
             signal.signal(number, handler)
