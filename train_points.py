@@ -67,6 +67,7 @@ EPS_SHARE = 0.05         # of the mean cost between independent pairs: eps, unle
 HELD_OUT = 10            # one in so many rows
 COMPONENTS = (1, 5, 20, 100, 400)  # of the mixture, tried in this order until held-out rows stop gaining
 FIT_STEPS, FIT_PATIENCE, FIT_ROWS = 60, 10, 20_000  # of a fit; steps without gain that end it; rows per step, drawn anew
+NET_FROM = 100           # components: where held-out rows ask for as many, the net is tried too
 STEPS = 2500             # Adam steps of the net
 BATCH, TARGETS = 512, 1024  # chains moved per step, each a ladder of temperatures, and target samples
 CHAINS = 4096            # sources with persistent chains
@@ -87,7 +88,7 @@ PAIR_X, PAIR_Y = 200, 1000
 TABLE = {"mixture": ((2, 16, 64, 128), (0.1, 1.0, 10.0)), "gauss": ((2, 16, 64, 128), (0.1, 1.0, 10.0)), "rolls": ((2, 4, 8, 16), (0.1,))}
 if args.smoke:
     FIT_STEPS, STEPS, BATCH, TARGETS, CHAINS, WIDTH, WARMUP, SAMPLE_STEPS = 5, 20, 32, 64, 64, 8, 5, 5
-    COMPONENTS, GAIN_X, GAIN_DRAWS, GAIN_STEPS, SCORED, SPLITS = (1, 3), 8, 4, 5, 100, 2
+    COMPONENTS, NET_FROM, GAIN_X, GAIN_DRAWS, GAIN_STEPS, SCORED, SPLITS = (1, 3), 3, 8, 4, 5, 100, 2
     PAIR_ROWS, PAIR_X, PAIR_Y, TABLE = 2000, 4, 100, {"gauss": ((2,), (1.0,)), "rolls": ((2,), (0.1,))}
 LOG_EVERY = max(1, STEPS // 20)
 
@@ -505,7 +506,7 @@ bank = common.Bank(chains_x, start_chains(chains_x), eta=ladder / 20, best=zero,
                    effective=zero + 1, use_net=zero, history=torch.zeros(STEPS // LOG_EVERY, 2)).to(device)
 
 parts = {"base": base, "mixture": mixture, "net": net, "net_avg": net_avg, "net_best": net_best, "opt": opt, "bank": bank}
-saturated = K < COMPONENTS[-1]  # then held-out rows cannot tell the mixture from the plan, and no net is trained
+saturated = K < NET_FROM  # few components were enough: no net is trained
 run = common.Run(args, name + ".pt", parts, 0 if saturated else STEPS, LOG_EVERY, CONSTANTS)
 
 
