@@ -71,9 +71,14 @@ class Heads(nn.Module):
         rotations = [torch.linalg.qr(torch.randn(dim, dim))[0] for _ in range(-(-heads * inputs // dim))]
         self.W = nn.Parameter(torch.cat(rotations)[:heads * inputs])
         self.scale, sizes = scale, [inputs] + [width] * depth
-        self.weights = nn.ParameterList(torch.empty(heads, a, b).uniform_(-1, 1) / a ** 0.5 for a, b in zip(sizes, sizes[1:]))
-        self.biases = nn.ParameterList(torch.empty(heads, 1, b).uniform_(-1, 1) / a ** 0.5 for a, b in zip(sizes, sizes[1:]))
-        self.last = nn.Parameter(torch.empty(heads, width, 1).uniform_(-1, 1) / (heads * width) ** 0.5)
+        layers = list(zip(sizes, sizes[1:]))
+
+        def uniform(*shape, fan_in):
+            return torch.empty(heads, *shape).uniform_(-1, 1) / fan_in ** 0.5
+
+        self.weights = nn.ParameterList(uniform(a, b, fan_in=a) for a, b in layers)
+        self.biases = nn.ParameterList(uniform(1, b, fan_in=a) for a, b in layers)
+        self.last = nn.Parameter(uniform(width, 1, fan_in=heads * width))
         self.flops = 2 * sum(w.numel() for w in (self.W, *self.weights, self.last))  # of one forward pass of one sample
 
     def forward(self, y):
@@ -184,9 +189,9 @@ def mala(f, x, y, eps, eta, n_steps, cost=quadratic_cost, precond=None):
 
 @torch.no_grad()
 def exchange(y, log_p, ladder):
-    """Replica exchange: each x has one chain at every temperature of the ladder; neighbours swap their y with probability
-    min(1, exp((1/eps_r - 1/eps_s) (E_s - E_r))), E = f(y) - c(x,y).  Exact, and free: E = eps log_p is at hand.  Hot chains
-    cross between modes, and cold ones receive what they found.
+    """Replica exchange: each x has one chain at every temperature of the ladder; neighbours swap their y with
+    probability min(1, exp((1/eps_r - 1/eps_s) (E_s - E_r))), E = f(y) - c(x,y) = eps log_p.  Exact, and f is not
+    evaluated.  Hot chains cross between modes; cold ones receive what they found.
 
     y (B, R, D), log_p (B, R), ladder (R,) rising from eps -> y, exchanged fraction of each pair (R-1,)."""
     energy = log_p * ladder
@@ -203,11 +208,11 @@ def exchange(y, log_p, ladder):
 
 
 def log_z_ratio(base, net, x, draws, steps, eta, precond=None):
-    """log Z(base + net, x) - log Z(base, x) for a Mixture base by annealed importance sampling (Neal 2001): chains start
-    as exact samples of base's plan, and net is switched on in `steps` equal parts with a MALA step after each.
+    """log Z(base + net, x) - log Z(base, x) for a Mixture base, by annealed importance sampling (Neal 2001): chains
+    start as exact samples of base's plan, and net is switched on in `steps` equal parts, a MALA step after each.
 
-    x (n, D) -> (n,), its bias in 1/draws taken off; and the effective share of the draws (0-dim), small where the estimate
-    means little."""
+    x (n, D) -> (n,), the bias of order 1/draws taken off; and the effective share of the draws (0-dim): where it is
+    small, the estimate means little."""
     y, x_all, log_w = base.sample(x.repeat_interleave(draws, 0)), x.repeat_interleave(draws, 0), 0.0
     for step in range(1, steps + 1):
         with torch.no_grad():
@@ -336,26 +341,27 @@ class Bank(nn.Module):
 # ------------------------------------------------------------------------------------------------ a plan in closed form
 
 def gaussian_map(S0, S1, eps):
-    """T (..., D, D) of the entropic plan between N(m0, S0) and N(m1, S1), pi(.|x) = N(m1 + T (x - m0), eps T): Janati et
-    al. 2020, in a form that does not cancel at large eps.  It solves T S0 T + eps T = S1."""
+    """T (..., D, D) of the entropic plan between N(m0, S0) and N(m1, S1), pi(.|x) = N(m1 + T (x - m0), eps T) (Janati
+    et al. 2020), in a form that does not cancel at large eps.  It solves T S0 T + eps T = S1."""
     values, vectors = torch.linalg.eigh(S0)
     root = values.clamp_min(1e-9 * values.amax(-1, keepdim=True)).sqrt().unsqueeze(-2)
     r, inverse = (vectors * root) @ vectors.mT, (vectors / root) @ vectors.mT
     values, vectors = torch.linalg.eigh(r @ S1 @ r)
     values, half = values.clamp_min(0), inverse @ vectors
-    return half * (2 * values / (torch.hypot(2 * values.sqrt(), torch.full_like(values, eps)) + eps)).unsqueeze(-2) @ half.mT
+    T_values = 2 * values / (torch.hypot(2 * values.sqrt(), torch.full_like(values, eps)) + eps)
+    return half * T_values.unsqueeze(-2) @ half.mT
 
 
 def moments(z, weights):
     """Means over a sample z (n, D) of w_k, w_k z, w_k z z^T, weights (n, K): [(K,), (K, D), (K, D, D)], float64."""
-    second = 0.0
-    for part, w in zip(*(t.split(max(1, 2 ** 20 // (weights.shape[1] * z.shape[1]))) for t in (z, weights))):  # fits the cache
+    second, rows = 0.0, max(1, 2 ** 20 // (weights.shape[1] * z.shape[1]))  # parts that fit the cache
+    for part, w in zip(z.split(rows), weights.split(rows)):
         second = second + ((w.T[:, None] * part.T) @ part).double()
     return [m.double() / len(z) for m in (weights.sum(0), weights.T @ z, second)]
 
 
 def squared_norms(y, A, shift):
-    """|A_k y - shift_k|^2: (B, D), (K, D, D), (K, D) -> (B, K).  In parts that fit the cache: ten times faster on a CPU."""
+    """|A_k y - shift_k|^2: (B, D), (K, D, D), (K, D) -> (B, K).  In parts that fit the cache: ten times faster."""
     A, shift = A.permute(1, 2, 0).contiguous(), shift.T[:, None]  # (D, D, K), (D, 1, K): sums over the first are fast
     parts = y.split(max(64, 2 ** 20 // A[0].numel()))
     return torch.cat([torch.baddbmm(shift, part.expand(len(A), -1, -1), A, beta=-1).square().sum(0) for part in parts])
@@ -385,7 +391,8 @@ class Mixture(nn.Module):
         super().__init__()
         self.eps, eye = eps, torch.eye(dim).repeat(components, 1, 1)
         zero = torch.zeros(components)
-        for name, value in {"log_a": zero, "share": zero, "r": eye[:, 0] * 0, "S": eye, "root": eye, "inverse": eye}.items():
+        state = {"log_a": zero, "share": zero, "r": eye[:, 0] * 0, "S": eye, "root": eye, "inverse": eye}
+        for name, value in state.items():
             self.register_buffer(name, value.clone())  # share: of y in each; root root^T = S, inverse = root^-1
 
     def forward(self, y):
@@ -395,11 +402,11 @@ class Mixture(nn.Module):
     def log_v(self, y):
         """log a_k N(y; r_k, eps S_k): (B, D) -> (B, K).  Its softmax is how likely y came from each component."""
         squares = squared_norms(y, self.inverse, (self.inverse @ self.r[..., None]).squeeze(2))
-        constant = self.inverse.diagonal(dim1=1, dim2=2).log().sum(1) - y.shape[1] / 2 * math.log(2 * math.pi * self.eps)
-        return self.log_a + constant - squares / (2 * self.eps)
+        log_scale = (self.inverse.diagonal(dim1=1, dim2=2) / math.sqrt(2 * math.pi * self.eps)).log().sum(1)
+        return self.log_a + log_scale - squares / (2 * self.eps)
 
     def log_w(self, x):
-        """log a_k exp((x.S_k x + 2 r_k.x) / (2 eps)): (B, D) -> (B, K).  Its softmax is the components' weights at x."""
+        """log a_k exp((x.S_k x + 2 r_k.x) / (2 eps)): (B, D) -> (B, K).  Its softmax is w_k(x)."""
         return self.log_a + (squared_norms(x, self.root.mT, 0 * self.r) / 2 + x @ self.r.T) / self.eps
 
     def log_z(self, x):
@@ -407,7 +414,7 @@ class Mixture(nn.Module):
         return self.log_w(x).logsumexp(1) - x.square().sum(1) / (2 * self.eps)
 
     def objective(self, x, y):
-        """The dual objective E_Q f - eps E_P log Z by its value (0-dim), exact but for the samples x (n, D), y (m, D)."""
+        """The dual objective E_Q f - eps E_P log Z by its value (0-dim), exact for samples x (n, D), y (m, D)."""
         return self(y).mean() - self.eps * self.log_z(x).mean()
 
     @torch.no_grad()
@@ -415,7 +422,8 @@ class Mixture(nn.Module):
         """y ~ pi_f(.|x), independent: (B, D) -> (B, D)."""
         out = []
         for x in x.split(max(1, 2 ** 23 // self.r.numel())):  # all components of every x: bounds the memory
-            k = (self.log_w(x) - torch.empty(len(x), len(self.r), device=x.device).exponential_().log()).argmax(1)  # Gumbel
+            gumbel = -torch.empty(len(x), len(self.r), device=x.device).exponential_().log()
+            k = (self.log_w(x) + gumbel).argmax(1)  # drawn in proportion to w_k(x)
             noise = math.sqrt(self.eps) * torch.randn_like(x)
             per_k = torch.einsum("kde,be->bkd", self.S, x) + torch.einsum("kde,be->bkd", self.root, noise)
             out.append(self.r[k] + per_k[torch.arange(len(x), device=x.device), k])
@@ -423,11 +431,11 @@ class Mixture(nn.Module):
 
     @torch.no_grad()
     def fit(self, source, target, steps, memory=1.0, prior=0.0):
-        """Fit by fixed point: each component is the Gaussian plan between its part of P and its part of Q, until a_k gives
-        both parts the same mass.  There the objective's gradient is 0, and every step is a valid plan.
+        """Fit by fixed point: each component is the Gaussian plan between its part of P and its part of Q, and a_k is
+        moved until both parts have the same mass.  There the objective's gradient is 0.  Every step is a valid plan.
 
         source(), target(): samples (n, D), (m, D), the same or fresh ones at each call; memory: weight of the newest
-        ones in the running moments; prior: see `centred`.  Yields after each step, so that the caller may keep the best."""
+        ones in the running moments; prior: see `centred`.  Yields after each step: the caller may keep the best."""
         x, y, total = source(), target(), None
         K, weights = len(self.r), [torch.ones(len(z), 1, device=z.device) for z in (x, y)]
         single = Mixture(x.shape[1], 1, self.eps).to(x.device) if K > 1 else self
@@ -600,7 +608,8 @@ def read_checkpoint(path):
     """-> the dict saved there; an exception of some kind where the file is damaged or foreign."""
     with open(path, "rb") as file:
         archive = zipfile.ZipFile(file)
-        if archive.testzip() or any(member.external_attr for member in archive.infolist()):  # torch.load compares neither
+        damaged = archive.testzip() or any(member.external_attr for member in archive.infolist())
+        if damaged:  # torch.load looks at neither
             raise ValueError("it is damaged")
         file.seek(0)
         return torch.load(file, map_location="cpu", weights_only=True)

@@ -1,33 +1,35 @@
 """Entropic OT between any two sets of points, in any dimension, cost |x-y|^2/2 in the data's own units.
 
-    pi_f(y|x) = exp((f(y) - |x-y|^2/2) / eps) / Z(x)     f = a Gaussian mixture's potential, whose plan is closed form, + net
-    mixture     fitted to both sets in seconds, without sampling; components, from one up, as many as held-out points like
-    net         ascends E_Q f(y) - E_P E_{pi_f(.|x)} f(y) by Langevin chains at several temperatures, which exchange their y
-                (replica exchange): those cross between modes.  Kept only where held-out points gain from it
+    pi_f(y|x) = exp((f(y) - |x-y|^2/2) / eps) / Z(x)     f the better of two by the dual objective on held-out points:
+    mixture     a Gaussian mixture's potential, whose plan is known in closed form; fitted in seconds, without sampling;
+                with ever more components, until held-out points stop gaining
+    net         the potential of one Gaussian + a network, which ascends E_Q f(y) - E_P E_{pi_f(.|x)} f(y) by Langevin
+                chains at several temperatures.  These exchange their y (replica exchange), and so cross between modes.
+                Tried where the mixture asks for NET_FROM components or more
 
-    python train_points.py X.npy Y.npy                    rows are samples, (n, D) and (m, D): .npy, .pt (a tensor) or .csv
-    python train_points.py X.npy Y.npy --eps 0.1 --map NEW.npy --per-x 100    also y ~ pi(.|x) for the rows of NEW, (k, 100, D)
+    python train_points.py X.npy Y.npy       rows are samples, (n, D) and (m, D): .npy, .pt (a tensor) or .csv
+    python train_points.py X.npy Y.npy --eps 0.1 --map NEW.npy --per-x 100    also y ~ pi(.|x) for the rows of NEW
     python train_points.py X.npy Y.npy --resume --map NEW.npy                 of a finished run: no training
-    python train_points.py X.npy Y.npy --map NEW.npy --time 0.5               the Schroedinger bridge from x to y at that time
+    python train_points.py X.npy Y.npy --map NEW.npy --time 0.5               the Schroedinger bridge at that time
     python train_points.py --pair mixture --dim 16 --eps 1                    a known plan: gauss, mixture or rolls
     python train_points.py --table                                            all of them
     python train_points.py --smoke                                            the same path in seconds
 
-Nothing needs scaling: both sets are centred, which leaves the plan as it is, and divided by one number; the net sees y in
-the target's principal axes.  eps is in units of the cost; without --eps it is EPS_SHARE of the mean cost between
+Nothing needs scaling: both sets are centred, which leaves the plan as it is, and divided by one number; the net sees y
+in the target's principal axes.  eps is in units of the cost; without --eps it is EPS_SHARE of the mean cost between
 independent pairs of the centred sets.  A tenth of both sets is held out.  Writes beside itself (or under --out)
-points_X_Y_eps0.1_seed0.pt, which --resume carries on from, the figure (.png) and _mapped.npy.
+points_X_Y_eps0.1_seed0.pt, which --resume carries on from, the figure (.png), and _mapped.npy, (k, 100, D).
 
 The last line, on held-out points; a floor is the same between two halves of the held-out target:
-    energy, sw2     energy distance (Szekely & Rizzo) and sliced W2^2 of the pushed source to the target; _4x: from chains
-                    four times as long, which must agree
+    energy, sw2     energy distance (Szekely & Rizzo) and sliced W2^2 of the pushed source to the target; _4x: from
+                    chains four times as long, which must agree (of a mixture's plan, from other samples)
     cost            E |x-y|^2/2 of the plan
-    objective       E_Q f - eps E_P log Z by its value, in units of the cost; gain: the part of it that net adds; effective:
-                    share of its draws that count (nan, 0: too few to tell)
+    objective       E_Q f - eps E_P log Z by its value, in units of the cost; gain: over that of one Gaussian
+    net, effective  1 where the net was the better one; the effective share of the draws behind its objective
 and on a known plan (--pair), of PAIR_X sources with PAIR_Y samples each, beside the floor of as many exact samples:
     cond_uvp        mixture, gauss: 100 BW2(y given x, exact) / (Var Q / 2), per cent: Gushchin et al., NeurIPS 2023
     plan_uvp        gauss: the same of the joint law of (x, y)
-    cond_ratio      rolls: sliced W2^2 per plane to the discrete plan, over that between two discrete plans (train_toy.py)
+    cond_ratio      rolls: sliced W2^2 per plane to a discrete plan, over that between two of them (train_toy.py)
 """
 import common  # first, so that Ctrl-C during the slow imports below ends without a traceback
 
@@ -50,11 +52,12 @@ from matplotlib.collections import LineCollection
 from torch import nn
 
 args = common.arguments(
-    __doc__, __file__, eps=0, files=dict(nargs="*", metavar="X Y", help="the two sets: .npy, .pt or .csv, rows are samples"),
+    __doc__, __file__, eps=0,
+    files=dict(nargs="*", metavar="X Y", help="the two sets: .npy, .pt or .csv, rows are samples"),
     pair=dict(choices=("gauss", "mixture", "rolls"), help="a made-up pair with a known plan, instead of files"),
     dim=dict(type=common.number(1, 1024, int), default=2, help="of the pair (default 2)"),
     map=dict(metavar="NEW", help="file of further x to draw y for"),
-    time=dict(type=common.number(0, 1), default=1.0, help="of the bridge between x and y, 0 to 1 (default 1: y itself)"),
+    time=dict(type=common.number(0, 1), default=1.0, help="of the bridge, from 0, x, to 1, y (default 1)"),
     table=dict(action="store_true", help="all known pairs, a process for each; goes on with --resume"),
     **{"per-x": dict(type=common.number(1, 10 ** 6, int), default=1, help="y for each x of NEW (default 1)")})
 device = args.device
@@ -66,7 +69,7 @@ SEED = args.seed
 EPS_SHARE = 0.05         # of the mean cost between independent pairs: eps, unless given
 HELD_OUT = 10            # one in so many rows
 COMPONENTS = (1, 5, 20, 100, 400)  # of the mixture, tried in this order until held-out rows stop gaining
-FIT_STEPS, FIT_PATIENCE, FIT_ROWS = 60, 10, 20_000  # of a fit; steps without gain that end it; rows per step, drawn anew
+FIT_STEPS, FIT_PATIENCE, FIT_ROWS = 60, 10, 20_000  # of a fit; steps without gain that end it; rows per step
 NET_FROM = 100           # components: where held-out rows ask for as many, the net is tried too
 STEPS = 2500             # Adam steps of the net
 BATCH, TARGETS = 512, 1024  # chains moved per step, each a ladder of temperatures, and target samples
@@ -80,12 +83,13 @@ LR, BETAS = 2e-3, (0.0, 0.99)  # of Adam, without momentum, which would swing ag
 WARMUP, EMA_DECAY = 100, 0.998
 PATIENCE = 0.25          # share of STEPS without gain after which the net is given up
 SAMPLE_STEPS = 50        # of N_LANGEVIN Langevin steps and an exchange: a chain at test time, from the Gaussian plan
-GAIN_X, GAIN_DRAWS, GAIN_STEPS = 64, 16, 50  # sources, draws and annealing steps of the net's gain; 4 times the steps at the end
+GAIN_X, GAIN_DRAWS, GAIN_STEPS = 64, 16, 50  # sources, draws, annealing steps of the net's gain
 TRUSTED = 0.05           # least effective share of those draws
 SCORED, SPLITS, DIRECTIONS = 1000, 10, 100  # most points in a distance, its random halves, projections
 PAIR_ROWS, PAIR_SEED = 2 ** 17, 1  # rows of a made-up set, seed of its parameters
 PAIR_X, PAIR_Y = 200, 1000
-TABLE = {"mixture": ((2, 16, 64, 128), (0.1, 1.0, 10.0)), "gauss": ((2, 16, 64, 128), (0.1, 1.0, 10.0)), "rolls": ((2, 4, 8, 16), (0.1,))}
+TABLE = {"mixture": ((2, 16, 64, 128), (0.1, 1.0, 10.0)), "gauss": ((2, 16, 64, 128), (0.1, 1.0, 10.0)),
+         "rolls": ((2, 4, 8, 16), (0.1,))}  # dimensions and eps of each pair
 if args.smoke:
     FIT_STEPS, STEPS, BATCH, TARGETS, CHAINS, WIDTH, WARMUP, SAMPLE_STEPS = 5, 20, 32, 64, 64, 8, 5, 5
     COMPONENTS, NET_FROM, GAIN_X, GAIN_DRAWS, GAIN_STEPS, SCORED, SPLITS = (1, 3), 3, 8, 4, 5, 100, 2
@@ -93,7 +97,7 @@ if args.smoke:
 LOG_EVERY = max(1, STEPS // 20)
 
 
-# ---------------------------------------------------------------------------------------------- the table: a process a cell
+# ---------------------------------------------------------------------------------------------- the table
 
 def finished_cells(path):
     """{(pair, dim, eps): {key: number}} of the whole lines in a table's file."""
@@ -111,7 +115,9 @@ def finished_cells(path):
 
 
 def run_table():
-    path, asked, cell = os.path.join(args.out, f"points_table_seed{SEED}{'_smoke' * args.smoke}.txt"), [], None
+    """Runs the cells that the table's file lacks, each in a process of its own, and prints the table."""
+    ending, asked, cell = f"_seed{SEED}" + "_smoke" * args.smoke, [], None
+    path = os.path.join(args.out, f"points_table{ending}.txt")
     common.lock(path)
     if os.path.exists(path) and not args.resume:
         os.replace(path, path + ".old")
@@ -127,10 +133,12 @@ def run_table():
         for dim, eps in ((dim, eps) for dim in dims for eps in epses):
             if (pair, dim, eps) in finished_cells(path) or asked:
                 continue
-            checkpoint = os.path.join(args.out, f"points_{pair}_dim{dim}_eps{eps:g}_seed{SEED}{'_smoke' * args.smoke}.pt")
-            options = ["--pair", pair, "--dim", str(dim), "--eps", str(eps), "--seed", str(SEED), "--out", args.out, "--device", str(device)]
-            options += ["--smoke"] * args.smoke + ["--resume"] * (args.resume and os.path.isfile(checkpoint))
-            cell = subprocess.Popen([sys.executable, os.path.abspath(__file__), *options], stdout=subprocess.PIPE, text=True, start_new_session=True)
+            checkpoint = os.path.join(args.out, f"points_{pair}_dim{dim}_eps{eps:g}{ending}.pt")
+            begun = args.resume and os.path.isfile(checkpoint)
+            options = {"pair": pair, "dim": dim, "eps": eps, "seed": SEED, "out": args.out, "device": device}
+            command = [sys.executable, os.path.abspath(__file__), *(f"--{k}={v}" for k, v in options.items())]
+            command += ["--smoke"] * args.smoke + ["--resume"] * begun
+            cell = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
             if asked:  # between the test above and the start
                 cell.send_signal(asked[-1])
             for line in cell.stdout:
@@ -140,19 +148,20 @@ def run_table():
                         with open(path, "a", encoding="utf-8") as file:
                             file.write(f"{pair} {line[6:]}")
                     except OSError as error:
-                        common.fail(f"cannot write {path} ({error.strerror}): free some space or name another folder with --out")
+                        common.fail(f"cannot write {path} ({error.strerror}): free some space or name another --out")
             if cell.wait() and not asked:
-                common.fail(f"the cell {pair}, dim {dim}, eps {eps:g} failed: see above, then go on with --table --resume")
+                common.fail(f"the cell {pair}, dim {dim}, eps {eps:g} failed: see above, then --table --resume goes on")
     cells = finished_cells(path)
-    for pair, key, floor in (("mixture", "cond_uvp", "cond_floor"), ("gauss", "plan_uvp", "plan_floor"), ("rolls", "cond_ratio", None)):
-        for dim, eps in ((dim, eps) for dim in TABLE.get(pair, ((), ()))[0] for eps in TABLE[pair][1]):
-            if (pair, dim, eps) in cells:
-                row = cells[pair, dim, eps]
-                print(f"{pair:8s} dim {dim:4d} eps {eps:<5g} {key} {row[key]:.4f}" + (f" (exact samples {row[floor]:.4f})" if floor else "")
-                      + f"  {'net' if row['net'] else 'mixture of %d' % row['components']}, {row['total_s']:.0f} s")
+    keys = {"mixture": ("cond_uvp", "cond_floor"), "gauss": ("plan_uvp", "plan_floor"), "rolls": ("cond_ratio", None)}
+    for (pair, dim, eps), row in sorted(cells.items()):
+        key, floor = keys[pair]
+        exact = f"(exact samples {row[floor]:.4f})" if floor else ""
+        print(f"{pair:8s} dim {dim:4d} eps {eps:<5g} {key} {row[key]:.4f} {exact:24s} "
+              f"{'net' if row['net'] else 'mixture of %d' % row['components']}, {row['total_s']:.0f} s")
     if asked:
         print("stopped: --table --resume goes on from here")
-    print(f"final cells {len(cells)} of {sum(len(d) * len(e) for d, e in TABLE.values())} total_s {time.perf_counter() - start_time:.1f}")
+    asked_for = sum(len(dims) * len(epses) for dims, epses in TABLE.values())
+    print(f"final cells {len(cells)} of {asked_for} total_s {time.perf_counter() - start_time:.1f}")
 
 
 if args.table:
@@ -170,17 +179,18 @@ def read_rows(path, columns=None):
         rows = read_csv(path)
     else:
         try:
-            rows = np.load(path, allow_pickle=False) if path.endswith(".npy") else torch.load(path, map_location="cpu", weights_only=True)
-            if not path.endswith(".npy"):
-                rows = rows.detach().to("cpu").numpy()
+            if path.endswith(".npy"):
+                rows = np.load(path, allow_pickle=False)
+            else:
+                rows = torch.load(path, map_location="cpu", weights_only=True).detach().numpy()
         except Exception:  # foreign, truncated, a pickle, no tensor, a type that numpy lacks: each has its own
-            common.fail(f"{path} holds no plain array of numbers (pickles are never loaded): save one with numpy.save or torch.save")
+            common.fail(f"{path} holds no plain array of numbers (pickles are never loaded): use numpy.save")
     if rows.dtype.kind not in "fiu" or rows.ndim != 2 or not rows.size:
-        common.fail(f"{path} holds {rows.dtype} of shape {rows.shape}: real numbers of shape (n, D) are needed, a row for each sample")
+        common.fail(f"{path} holds {rows.dtype} of shape {rows.shape}: real numbers (n, D) are needed, a row a sample")
     rows = rows.astype(np.float64)
     bad = np.flatnonzero(~np.isfinite(rows).all(1))
     if len(bad):
-        common.fail(f"{path} has entries that are not finite in {len(bad)} rows, the first {bad[:5].tolist()}: mend or drop them")
+        common.fail(f"{path} has entries that are not finite in {len(bad)} rows, as {bad[:5].tolist()}: drop them")
     if columns and rows.shape[1] != columns:
         common.fail(f"{path} has {rows.shape[1]} columns, not {columns}: all files need the same")
     return torch.from_numpy(rows)
@@ -195,9 +205,10 @@ def read_csv(path):
                     rows.append([float(cell) for cell in cells])
                 except ValueError:
                     if rows or line > 1:  # one header line may stand first
-                        common.fail(f"{path} line {line} holds text, {','.join(cells)[:40]!r}: numbers only, after at most one header line")
+                        common.fail(f"{path} line {line} holds text, {','.join(cells)[:40]!r}: "
+                                    f"numbers only, after at most one header line")
                 if rows and len(rows[-1]) != len(rows[0]):
-                    common.fail(f"{path} line {line} has {len(rows[-1])} columns, the first {len(rows[0])}: all need the same")
+                    common.fail(f"{path} line {line} has {len(rows[-1])} columns, not {len(rows[0])}: mend that line")
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         common.fail(f"{path} cannot be read as text ({error}): name a .csv of numbers")
     return np.array(rows, dtype=np.float64).reshape(len(rows), -1)
@@ -228,12 +239,12 @@ class Known:
             self.joint = torch.cat([torch.cat([F0 @ F0.T, F0 @ F0.T @ T], 1), torch.cat([T @ F0 @ F0.T, F1 @ F1.T], 1)])
         else:  # N(0, I) -> Q, the y of pi(y|x) ~ N(y; x, eps I) sum_k N(y; mu_k, Sig_k) (Gushchin et al., NeurIPS 2023)
             mu = 5 * nn.functional.normalize(self.normal(components, dim), dim=1)
-            rotation, spread = self.rotation(components), 4 ** (torch.rand(components, 1, dim, generator=self.generator).double() - 0.5)
+            spread = 4 ** (torch.rand(components, 1, dim, generator=self.generator).double() - 0.5)
+            rotation, eye = self.rotation(components), torch.eye(dim, dtype=torch.float64)
             Sig = rotation * spread @ rotation.mT
-            self.root0, eye = torch.eye(dim, dtype=torch.float64), torch.eye(dim, dtype=torch.float64)
-            self.C = torch.linalg.inv(eye / eps + torch.linalg.inv(Sig))
+            self.root0, self.C = eye, torch.linalg.inv(eye / eps + torch.linalg.inv(Sig))
             self.slope, self.shift = self.C / eps, (self.C @ torch.linalg.solve(Sig, mu[..., None])).squeeze(2)
-            self.seen = mu, torch.linalg.inv(torch.linalg.cholesky(Sig + eps * eye))  # of component k by x: N(x; mu_k, Sig_k + eps I)
+            self.seen = mu, torch.linalg.inv(torch.linalg.cholesky(Sig + eps * eye))  # w_k: N(x; mu_k, Sig_k + eps I)
         self.root = torch.linalg.cholesky(self.C)
 
     def normal(self, *shape):
@@ -271,12 +282,13 @@ class Known:
         away = m - mean[:, None]
         covariance = torch.einsum("nk,kde->nde", w, self.C) + torch.einsum("nk,nkd,nke->nde", w, away, away)
         variance = self.target(20_000).var(0).sum().item()
-        clouds = {"cond_uvp": sampler(x, PAIR_Y), "cond_floor": self.sample(x.repeat_interleave(PAIR_Y, 0)).view(PAIR_X, PAIR_Y, -1)}
-        scores = {key: sum(bw2(*three) for three in zip(y, mean, covariance)) / PAIR_X / variance * 100 for key, y in clouds.items()}
+        exact = self.sample(x.repeat_interleave(PAIR_Y, 0)).view(PAIR_X, PAIR_Y, -1)
+        scores = {key: 100 * sum(map(bw2, clouds, mean, covariance)) / PAIR_X / variance
+                  for key, clouds in (("cond_uvp", sampler(x, PAIR_Y)), ("cond_floor", exact))}
         if len(self.C) == 1:
-            x, zero, half = self.source(100_000), torch.zeros(2 * self.dim, dtype=torch.float64), self.joint.trace().item() / 100
+            x, zero = self.source(100_000), torch.zeros(2 * self.dim, dtype=torch.float64)
             for key, y in (("plan_uvp", sampler(x, 1)[:, 0]), ("plan_floor", self.sample(x))):
-                scores[key] = bw2(torch.cat([x, y], 1), zero, self.joint) / half
+                scores[key] = 100 * bw2(torch.cat([x, y], 1), zero, self.joint) / self.joint.trace().item()
         return scores
 
 
@@ -287,23 +299,23 @@ def root_of(S):
 
 
 def bw2(samples, mean, S):
-    """|mean - m|^2 + tr (S + C - 2 (S^1/2 C S^1/2)^1/2), m and C those of samples (n, D): twice the usual Bures-Wasserstein
-    distance.  The last trace as singular values of a product of roots: the root of an eigenvalue near 0 loses half the digits."""
+    """|mean - m|^2 + tr (S + C - 2 (S^1/2 C S^1/2)^1/2), the Bures-Wasserstein distance squared; m and C are those of
+    samples (n, D).  The last trace sums singular values of a product of roots: near 0, a root loses half the digits."""
     away = samples - samples.mean(0)
     cross = torch.linalg.svdvals(root_of(away.T @ away / len(samples)) @ root_of(S)).sum()
     return ((samples.mean(0) - mean).square().sum() + away.square().sum() / len(samples) + S.trace() - 2 * cross).item()
 
 
 class Rolls:
-    """N(0, I) -> independent swiss rolls of train_toy.py, one in every two dimensions, turned by one rotation.  Neither cost
-    nor source sees it, so the plan is the product of 2-D plans, for which two discrete solves stand."""
+    """N(0, I) -> independent swiss rolls of train_toy.py, one in every two dimensions, turned by one rotation.  Neither
+    cost nor source sees it, so the plan is the product of 2-D plans, for which two discrete solves stand."""
 
     def __init__(self, dim, eps, n=4000):
         if dim % 2 or eps < 0.05:
-            common.fail("--pair rolls has an even --dim, and --eps from 0.05 up: below, its discrete reference does not converge")
-        self.dim, self.eps = dim, eps
-        self.rotation = torch.linalg.qr(torch.randn(dim, dim, generator=torch.Generator().manual_seed(PAIR_SEED), dtype=torch.float64))[0]
-        self.n = 200 if args.smoke else n
+            common.fail("--pair rolls takes an even --dim, and --eps from 0.05 up, where its discrete solves converge")
+        self.dim, self.eps, self.n = dim, eps, 200 if args.smoke else n
+        generator = torch.Generator().manual_seed(PAIR_SEED)
+        self.rotation = torch.linalg.qr(torch.randn(dim, dim, generator=generator, dtype=torch.float64))[0]
 
     def source(self, n):
         return torch.randn(n, self.dim, dtype=torch.float64)
@@ -315,30 +327,33 @@ class Rolls:
     def target(self, n):
         return torch.cat([self.roll(n) for _ in range(self.dim // 2)], 1) @ self.rotation.T
 
+    def reference(self, x, directions, seed):
+        """A discrete plan's y given each x (planes, T, 2): quantiles of projections (planes, T, PAIR_Y, directions)."""
+        torch.manual_seed(seed)
+        a, b, weight = torch.randn(self.n, 2, dtype=torch.float64), self.roll(self.n), np.full(self.n, 1 / self.n)
+        cost = torch.cdist(a, b).square().numpy() / 2
+        _, log = ot.sinkhorn(weight, weight, cost, self.eps, numItermax=3000, stopThr=1e-7, log=True)
+        weights = ((x @ b.T - b.square().sum(1) / 2) / self.eps + torch.from_numpy(log["v"]).log()).softmax(2)
+        levels, columns = (torch.arange(PAIR_Y, dtype=torch.float64) + 0.5) / PAIR_Y, []
+        for u in directions.T:
+            value, order = (b @ u).sort()
+            cdf = weights[:, :, order].cumsum(2)
+            columns.append(value[torch.searchsorted(cdf, levels * cdf[:, :, -1:]).clamp(max=self.n - 1)])
+        return torch.stack(columns, 3)
+
     def scores(self, sampler, x_count=64):
         x = self.source(x_count)
-        planes = (x @ self.rotation).view(x_count, -1, 2).transpose(0, 1)
-        y = (sampler(x, PAIR_Y) @ self.rotation).view(x_count, PAIR_Y, -1, 2)
         angles = math.pi * torch.arange(50, dtype=torch.float64) / 50
-        directions, levels = torch.stack([angles.cos(), angles.sin()]), (torch.arange(PAIR_Y) + 0.5) / PAIR_Y
-        learned, references = [(y[:, :, p] @ directions).sort(1).values for p in range(len(planes))], []
-        for seed in (0, 1):
-            torch.manual_seed(seed)
-            a, b, weight = torch.randn(self.n, 2, dtype=torch.float64), self.roll(self.n), np.full(self.n, 1 / self.n)
-            _, log = ot.sinkhorn(weight, weight, torch.cdist(a, b).square().numpy() / 2, self.eps, numItermax=3000, stopThr=1e-7, log=True)
-            g, columns = self.eps * torch.from_numpy(log["v"]).clamp_min(1e-300).log(), []
-            weights = [((p @ b.T - b.square().sum(1) / 2 + g) / self.eps).softmax(1) for p in planes]
-            for u in directions.T:
-                value, order = (b @ u).sort()
-                columns.append([value[torch.searchsorted(c, (levels * c[:, -1:])).clamp(max=self.n - 1)]
-                                for c in (w[:, order].cumsum(1) for w in weights)])
-            references.append([torch.stack(per_plane, 2) for per_plane in zip(*columns)])
-        error = [sum((a - b).square().mean().item() for a, b in zip(q, r)) for q, r in
-                 ((learned, references[0]), (learned, references[1]), references)]
-        return {"cond_ratio": (error[0] + error[1]) / 2 / error[2]}
+        directions = torch.stack([angles.cos(), angles.sin()])
+        y = (sampler(x, PAIR_Y) @ self.rotation).view(x_count, PAIR_Y, -1, 2).permute(2, 0, 1, 3)
+        learned = (y @ directions).sort(2).values  # (planes, T, PAIR_Y, directions)
+        planes = (x @ self.rotation).view(x_count, -1, 2).transpose(0, 1)
+        references = [self.reference(planes, directions, seed) for seed in (0, 1)]
+        error = sum((learned - q).square().mean() for q in references) / 2
+        return {"cond_ratio": (error / (references[0] - references[1]).square().mean()).item()}
 
 
-# ---------------------------------------------------------------------------------------------- the two sets, standardised
+# ---------------------------------------------------------------------------------------------- standardised data
 
 if args.files:
     pair, (X, Y, label) = None, read_files()
@@ -351,18 +366,18 @@ else:
 new_x = read_rows(args.map, X.shape[1]) if args.map else None
 
 DIM = X.shape[1]
-center_x, center_y = X.mean(0), Y.mean(0)  # moving either set only adds to the cost what depends on x alone or on y alone
+center_x, center_y = X.mean(0), Y.mean(0)  # moving a set adds to the cost what depends on x or y alone
 mean_cost = ((X - center_x).square().sum(1).mean() + (Y - center_y).square().sum(1).mean()).item() / 2
 UNIT = math.sqrt(mean_cost / DIM)  # one number for both sets, since the cost compares them
 if not UNIT > 0:
     common.fail("all rows are equal: there is nothing to transport")
 if not 1e-4 * mean_cost <= (args.eps or mean_cost) <= 1e3 * mean_cost:
-    common.fail(f"--eps {args.eps:g} would mean nothing on these data: between independent pairs the centred cost is {mean_cost:.3g}; "
+    common.fail(f"--eps {args.eps:g} would mean nothing on these data, whose mean centred cost is {mean_cost:.3g}: "
                 f"choose from {1e-4 * mean_cost:.2g} to {1e3 * mean_cost:.2g}, as a rule {EPS_SHARE * mean_cost:.2g}")
 eps_given = args.eps or float(f"{EPS_SHARE * mean_cost:.3g}")
 EPS = eps_given / UNIT ** 2
-print(f"{label}: {len(X)} sources, {len(Y)} targets, {DIM} columns; mean cost of centred independent pairs {mean_cost:.4g}, "
-      f"eps {eps_given:g}" + f" ({EPS_SHARE:g} of it; --eps sets another)" * (not args.eps))
+print(f"{label}: {len(X)} sources, {len(Y)} targets, {DIM} columns; mean cost of centred independent pairs "
+      f"{mean_cost:.4g}, eps {eps_given:g}" + f" ({EPS_SHARE:g} of it; --eps sets another)" * (not args.eps))
 DATA = hashlib.sha256(X.numpy().tobytes() + Y.numpy().tobytes()).hexdigest()[:16]
 
 
@@ -377,8 +392,8 @@ def split(rows, center):
 
 
 (x_train, x_held), (y_train, y_held) = split(X, center_x), split(Y, center_y)
-RUNGS = 1 if EPS >= TOP else 1 + math.ceil(1.1 * math.sqrt(DIM) * math.log10(TOP / EPS))  # neighbours exchange 0.3 to 0.5
-HEADS = max(8, min(2 * DIM, 16), DIM // 2)  # of the net: its axes cover the space, more than once where that is cheap
+RUNGS = 1 + math.ceil(1.1 * math.sqrt(DIM) * math.log10(max(TOP / EPS, 1.0)))  # temperatures: 0.3 to 0.5 are exchanged
+HEADS = max(8, min(2 * DIM, 16), DIM // 2)  # of the net: their axes cover the space, twice over in few dimensions
 SCALE = 5.0 * max(1.0, EPS)  # of the net: of the order of the cost, beyond eps 1 of eps log q
 CONSTANTS = common.constants_of(globals())
 name = os.path.join(args.out, f"points_{label}_eps{eps_given:g}_seed{SEED}" + "_smoke" * args.smoke)
@@ -397,7 +412,7 @@ def gain_of(new, old):
 
 
 def fit_mixtures():
-    """-> the Gaussian plan, of one component, and the mixture of the fewest that held-out rows tell from the next larger."""
+    """-> the Gaussian plan, of one component, and the largest mixture before held-out rows stop gaining."""
     fitted, n = [], min(len(x_train), len(y_train))
     for components in COMPONENTS:
         new, best = common.Mixture(DIM, components, EPS).to(device), (-math.inf, None, 0)
@@ -411,8 +426,8 @@ def fit_mixtures():
                 break
         new.load_state_dict(best[1])
         gain, error = gain_of(new, fitted[-1]) if fitted else (0.0, 0.0)
-        print(f"mixture of {components}: objective on held-out rows {UNIT ** 2 * best[0]:.4f}, gain {UNIT ** 2 * gain:.2g} "
-              f"+- {UNIT ** 2 * error:.2g}, {time.perf_counter() - start_time:.0f} s")
+        print(f"mixture of {components}: objective on held-out rows {UNIT ** 2 * best[0]:.4f}, "
+              f"gain {UNIT ** 2 * gain:.2g} +- {UNIT ** 2 * error:.2g}, {time.perf_counter() - start_time:.0f} s")
         if fitted and not gain > 2 * error:
             break
         fitted.append(new)
@@ -453,9 +468,10 @@ class Net(nn.Module):
 
 
 def mcmc_step(net, x, y):
-    """Moves chains y (B, RUNGS, D) of sources x (B, D): Langevin steps, then exchange -> y, accepted, exchanged fractions."""
+    """N_LANGEVIN steps and an exchange of chains y (B, RUNGS, D) for x (B, D) -> y, accepted, exchanged fractions."""
+    eps, eta = ladder.repeat(len(x)), bank.eta.repeat(len(x))[:, None]  # of each chain
     flat, log_p, accepted = common.mala(lambda y: base(y) + net(y), x.repeat_interleave(RUNGS, 0), y.flatten(0, 1),
-                                        ladder.repeat(len(x)), bank.eta.repeat(len(x))[:, None], N_LANGEVIN, precond=precond())
+                                        eps, eta, N_LANGEVIN, precond=precond())
     y, exchanged = common.exchange(flat.view(y.shape), log_p.view(len(x), RUNGS), ladder)
     return y, accepted.view(len(x), RUNGS).mean(0), exchanged
 
@@ -469,7 +485,7 @@ def start_chains(x):
 
 
 def sample_plan(x, per_x=1, steps=SAMPLE_STEPS, chains=None):
-    """y ~ pi_f(.|x): (n, D) -> (n, per_x, D).  By `chains` chains for each x (default: per_x), which then give several y."""
+    """y ~ pi_f(.|x): (n, D) -> (n, per_x, D), from `chains` chains for each x (default per_x), several y from each."""
     if not bank.use_net:
         return mixture.sample(x.repeat_interleave(per_x, 0)).view(len(x), per_x, DIM)
     chains, out = min(chains or per_x, per_x), []
@@ -488,7 +504,7 @@ def sample_plan(x, per_x=1, steps=SAMPLE_STEPS, chains=None):
 
 @torch.no_grad()
 def net_gain(net, steps=GAIN_STEPS):
-    """What held-out rows gain in the dual objective from the net: -> gain, its standard error, effective share of draws."""
+    """What held-out rows gain in the dual objective from the net -> gain, standard error, effective share of draws."""
     on_y = net(y_held[:5000])
     log_z, effective = common.log_z_ratio(base, net, x_held[:GAIN_X], GAIN_DRAWS, steps, bank.eta[0], precond())
     error = (on_y.var() / len(on_y) + EPS ** 2 * log_z.var() / len(log_z)).sqrt()
@@ -505,7 +521,8 @@ zero = torch.zeros(())
 bank = common.Bank(chains_x, start_chains(chains_x), eta=ladder / 20, best=zero, best_step=zero, gain=zero, error=zero,
                    effective=zero + 1, use_net=zero, history=torch.zeros(STEPS // LOG_EVERY, 2)).to(device)
 
-parts = {"base": base, "mixture": mixture, "net": net, "net_avg": net_avg, "net_best": net_best, "opt": opt, "bank": bank}
+parts = {"base": base, "mixture": mixture, "net": net, "net_avg": net_avg, "net_best": net_best, "opt": opt,
+         "bank": bank}
 saturated = K < NET_FROM  # few components were enough: no net is trained
 run = common.Run(args, name + ".pt", parts, 0 if saturated else STEPS, LOG_EVERY, CONSTANTS)
 
@@ -526,7 +543,7 @@ for step in run.steps():
     bank.eta *= torch.exp(0.03 * N_LANGEVIN * (accepted - ACCEPT))
     gap = common.train_step(net, opt, batch(y_train, TARGETS), y[:, 0])
     common.update_ema(net_avg, net, EMA_DECAY, step)
-    if step % LOG_EVERY == 0:  # keep the net that held-out rows gain most from, the later one of two that they can't tell apart
+    if step % LOG_EVERY == 0:  # keep the net that held-out rows gain most from; of two they can't tell apart the later
         bank.gain, bank.error, bank.effective = net_gain(net_avg)
         bank.history[step // LOG_EVERY - 1] = torch.stack([bank.gain + base.objective(x_held, y_held), bank.effective])
         if bank.gain > bank.best - bank.error or not bank.effective > TRUSTED:
@@ -536,11 +553,12 @@ for step in run.steps():
     if run.due():
         if run.last:
             bank.gain, bank.error, bank.effective = net_gain(net_best, 4 * GAIN_STEPS)
-            more, error = gain_of(mixture, base)
-            bank.use_net = (bank.gain - more > 2 * (bank.error ** 2 + error ** 2) ** 0.5).float() * (bank.effective > TRUSTED)
-        run.log({"gap": 1e3 * SCALE, "y": 1e3, "max_param": 1e3}, gap=gap, y=y[:, 0].norm(dim=1).mean(), accept=accepted.mean(),
-                exchange=exchanged.mean() if RUNGS > 1 else 0.0, max_param=common.max_param(net), gain=UNIT ** 2 * bank.gain,
-                effective=bank.effective)
+            of_mixture, error = gain_of(mixture, base)
+            better = bank.gain - of_mixture > 2 * (bank.error ** 2 + error ** 2) ** 0.5
+            bank.use_net = (better & (bank.effective > TRUSTED)).float()
+        run.log({"gap": 1e3 * SCALE, "y": 1e3, "max_param": 1e3}, gap=gap, y=y[:, 0].norm(dim=1).mean(),
+                accept=accepted.mean(), exchange=exchanged.sum() / max(RUNGS - 1, 1), max_param=common.max_param(net),
+                gain=UNIT ** 2 * bank.gain, effective=bank.effective)
 
 # ---------------------------------------------------------------------------------------------- scores
 
@@ -570,7 +588,7 @@ def distances(a, b):
 
 
 def distances_to_target(y):
-    """Of the pushed source y (n, D) to halves of the held-out target, mean over random halves, and between these halves."""
+    """Of the pushed source y (n, D) to random halves of the held-out target, mean, and between these halves."""
     size, to_halves, floor = min(len(y), len(y_held) // 2, SCORED), [], []
     for _ in range(SPLITS):
         one, other = y_held[torch.randperm(len(y_held), device=device)[:2 * size]].chunk(2)
@@ -584,10 +602,10 @@ test_x = x_held[:2 * SCORED]
 pushed = sample_plan(test_x)[:, 0]
 (energy, sw2), (energy_floor, sw2_floor) = distances_to_target(pushed)
 (energy_4x, sw2_4x), _ = distances_to_target(sample_plan(test_x, steps=4 * SAMPLE_STEPS)[:, 0])
-units = UNIT, UNIT ** 2  # of energy distance and of sw2
-scores = {"energy": UNIT * energy, "energy_4x": UNIT * energy_4x, "energy_floor": UNIT * energy_floor, "energy_ratio": energy / energy_floor,
-          "sw2": UNIT ** 2 * sw2, "sw2_4x": UNIT ** 2 * sw2_4x, "sw2_floor": UNIT ** 2 * sw2_floor,
-          "cost": UNIT ** 2 * common.quadratic_cost(test_x, pushed).mean() + (center_x - center_y).square().sum() / 2}
+cost = UNIT ** 2 * common.quadratic_cost(test_x, pushed).mean() + (center_x - center_y).square().sum() / 2
+scores = {"energy": UNIT * energy, "energy_4x": UNIT * energy_4x, "energy_floor": UNIT * energy_floor,
+          "energy_ratio": energy / energy_floor, "sw2": UNIT ** 2 * sw2, "sw2_4x": UNIT ** 2 * sw2_4x,
+          "sw2_floor": UNIT ** 2 * sw2_floor, "cost": cost}
 value = base.objective(x_held, y_held) + bank.gain if bank.use_net else mixture.objective(x_held, y_held)
 scores |= {"objective": UNIT ** 2 * value, "gain": UNIT ** 2 * (value - base.objective(x_held, y_held)),
            "effective": bank.effective if bank.use_net else 1.0, "net": bank.use_net}
@@ -601,33 +619,37 @@ if pair:
 # ---------------------------------------------------------------------------------------------- figure
 
 fig, axes = plt.subplots(1, 4, figsize=(19, 4.8), layout="constrained")
-view = torch.linalg.eigh(torch.cov(Y.T) if DIM > 1 else Y.var().view(1, 1)).eigenvectors[:, [-1, -min(2, DIM)]]  # widest two
-few = slice(0, 1000)
-points = {"source x": (test_x.double().cpu() * UNIT + center_x)[few] @ view, "target": data_units(y_held)[few] @ view, "pushed source y": data_units(pushed)[few] @ view}
-for (label_, z), color in zip(points.items(), ("tab:blue", "0.6", "tab:red")):
-    axes[0].scatter(*z.T, s=3, c=color, label=label_)
+view = torch.linalg.eigh(torch.cov(Y.T).reshape(DIM, DIM)).eigenvectors[:, [-1, -min(2, DIM)]]  # target's widest axes
+shown_x, shown_y, target = ((test_x.double().cpu() * UNIT + center_x)[:1000] @ view, data_units(pushed)[:1000] @ view,
+                            data_units(y_held)[:1000] @ view)
+for z, color, what in ((shown_x, "tab:blue", "source x"), (target, "0.6", "target"), (shown_y, "tab:red", "pushed y")):
+    axes[0].scatter(*z.T, s=3, c=color, label=what)
 axes[0].legend()
-axes[0].set(title=f"held-out points (energy distance {scores['energy_ratio']:.2f} of the floor)", xlabel="target's two widest axes")
-axes[1].add_collection(LineCollection(torch.stack([points["source x"], points["pushed source y"]], 1)[:200].numpy(), colors="0.6", linewidths=0.4))
-for label_, color in (("source x", "tab:blue"), ("pushed source y", "tab:red")):
-    axes[1].scatter(*points[label_][:200].T, s=4, c=color)
+axes[0].set(title=f"held-out points (energy distance {scores['energy_ratio']:.2f} times the floor)",
+            xlabel="target's two widest axes")
+axes[1].add_collection(LineCollection(torch.stack([shown_x, shown_y], 1)[:200].numpy(), colors="0.6", linewidths=0.4))
+for z, color in ((shown_x, "tab:blue"), (shown_y, "tab:red")):
+    axes[1].scatter(*z[:200].T, s=4, c=color)
 axes[1].set(title="pairs of the learned plan")
-axes[2].scatter(*points["target"].T, s=3, c="0.85")
+axes[2].scatter(*target.T, s=3, c="0.85")
 for k, cloud in enumerate(data_units(sample_plan(test_x[:6], 200)) @ view):
     axes[2].scatter(*cloud.T, s=4, c=f"C{k}")
-    axes[2].scatter(*points["source x"][k], s=110, c=f"C{k}", marker="*", edgecolors="k")
+    axes[2].scatter(*shown_x[k], s=110, c=f"C{k}", marker="*", edgecolors="k")
 axes[2].set(title="y of six x (stars)")
 seen = bank.history[:, 1] > 0
 steps = LOG_EVERY * torch.arange(1, len(seen) + 1)
-values = {f"mixture of {K}": mixture.objective(x_held, y_held).item(), "one Gaussian": base.objective(x_held, y_held).item()}
-for k, (label_, value) in enumerate(values.items()):
-    axes[3].axhline(UNIT ** 2 * value, c=f"C{k}", label=label_)
+for k, (what, plan) in enumerate(((f"mixture of {K}", mixture), ("one Gaussian", base))):
+    axes[3].axhline(UNIT ** 2 * plan.objective(x_held, y_held).item(), c=f"C{k}", label=what)
 if seen.any():
     axes[3].plot(steps[seen.cpu()], UNIT ** 2 * bank.history[seen, 0].cpu(), "o-", c="C2", label="Gaussian + net")
 axes[3].legend()
 axes[3].set(title="dual objective on held-out points", xlabel="steps of the net")
-fig.suptitle(f"{label}, {DIM} dimensions, eps = {eps_given:g}: cost {scores['cost']:.4g}, {'net' if bank.use_net else f'mixture of {K}'}, {run.step} steps, {run.seconds:.0f} s")
+plan = "the net" if bank.use_net else f"a mixture of {K}"
+fig.suptitle(f"{label}, {DIM} dimensions, eps = {eps_given:g}: plan of {plan}, "
+             f"cost {scores['cost']:.4g}, {run.step} steps, {run.seconds:.0f} s")
 common.save_figure(fig, name + ".png")
 print(f"wrote {name}.png and {name}.pt")
-print(f"final eps {eps_given:g} dim {DIM} seed {SEED} components {K} " + " ".join(f"{k} {v:.4g}" for k, v in scores.items()) +
-      f" steps {run.step} finished {int(run.step == run.total)} train_s {run.seconds:.1f} total_s {time.perf_counter() - start_time:.1f}")
+print(f"final eps {eps_given:g} dim {DIM} seed {SEED} components {K} " +
+      " ".join(f"{k} {v:.4g}" for k, v in scores.items()) +
+      f" steps {run.step} finished {int(run.step == run.total)} train_s {run.seconds:.1f} "
+      f"total_s {time.perf_counter() - start_time:.1f}")

@@ -235,7 +235,7 @@ def jump(f, x, y, y_pos, log_p=None):
 
 def sample_plan(f, x, block):
     """y ~ pi_f(.|x), chains from y = x.  Those of a block share the proposals of their jumps, so their y are dependent:
-    a small block gives a faithful marginal, a large one is fast, and right where each x has its copies in other blocks."""
+    a small block gives a faithful marginal; a large one is fast, and right if an x has its copies in other blocks."""
     out = []
     for x_part in x.to(device).split(block):
         y = x_part
@@ -274,8 +274,9 @@ for step in run.steps():
     gap = common.train_step(f, opt, y_pos, bank.y[rows])
     common.update_ema(f_avg, f, EMA_DECAY, step)
     if run.due():
-        run.log({"gap": 1e3 * SCALE, "y": 1e3, "max_param": 1e3}, gap=gap, y=bank.y[rows].norm(dim=1).mean(), eta=bank.eta,
-                accept=accepted.mean(), jump=jumped, max_param=common.max_param(f), bary_ratio=bary_ratio(coarse, SCORED_X))
+        run.log({"gap": 1e3 * SCALE, "y": 1e3, "max_param": 1e3}, gap=gap, y=bank.y[rows].norm(dim=1).mean(),
+                eta=bank.eta, accept=accepted.mean(), jump=jumped, max_param=common.max_param(f),
+                bary_ratio=bary_ratio(coarse, SCORED_X))
 
 # ---------------------------------------------------------------------------------------------- scores and figure
 
@@ -286,7 +287,7 @@ exact = [quantiles(y, w) for (y, _), w in zip(references, weights)]
 
 
 def cond_w2_and_floor(n):
-    """Sliced W2^2 of the learned conditionals to both references', mean, and that between them, over the first n test x."""
+    """Sliced W2^2 of the learned conditionals to both references', mean, and between these, over the first n test x."""
     return sum(sliced_w2(learned[:n], q[:n]) for q in exact) / 2, sliced_w2(exact[0][:n], exact[1][:n])
 
 
@@ -319,15 +320,17 @@ axes[0, 2].scatter(*pushed[:300].T, s=4, c="tab:red", label="y")
 axes[0, 2].legend(loc="upper right")
 axes[0, 2].set(title="300 pairs of the learned plan", **limits)
 reference_clouds = sample_from(references[0][0], weights[0][shown], 400)
-for axis, per_x, title in ((axes[1, 0], chains[shown, :400], f"learned plan, sampled (cond_ratio {cond_w2 / cond_floor:.2f})"),
+learned_title = f"learned plan, sampled (cond_ratio {cond_w2 / cond_floor:.2f})"
+for axis, per_x, title in ((axes[1, 0], chains[shown, :400], learned_title),
                            (axes[1, 1], reference_clouds, f"discrete plan, n = {REFERENCE_N}, the same x")):
     axis.scatter(*fresh[0].T, s=2, c="0.88")
     for k, cloud in enumerate(per_x):
         axis.scatter(*cloud.T, s=3, c=f"C{k}")
         axis.scatter(*test_x[shown[k]], s=110, c=f"C{k}", marker="*", edgecolors="k")
     axis.set(title=title, **limits)
-picture = axes[1, 2].imshow(f_fine.view(sides).T, origin="lower", extent=(fine[0, 0], fine[-1, 0], fine[0, 1], fine[-1, 1]),
-                            cmap="magma", vmin=f_fine.sort().values[len(f_fine) // 5])
+lowest = f_fine.sort().values[len(f_fine) // 5]
+picture = axes[1, 2].imshow(f_fine.view(sides).T, origin="lower", cmap="magma", vmin=lowest,
+                            extent=(fine[0, 0], fine[-1, 0], fine[0, 1], fine[-1, 1]))
 fig.colorbar(picture, ax=axes[1, 2], shrink=0.85, extend="min")
 axes[1, 2].set(title="learned potential f", **limits)
 fig.suptitle(f"Gaussian to swiss roll, eps = {EPS:g}, {run.step} steps, {run.seconds:.0f} s")
@@ -337,4 +340,5 @@ print(f"wrote {name}.png and {name}.pt")
 run.report_rate(f.flops * (2 * BATCH * (N_LANGEVIN + 1) + TARGETS + N_WIDE_PROPOSALS + 3 * (TARGETS + BATCH)))
 print(f"final eps {EPS:g} cond_w2 {cond_w2:.3g} cond_floor {cond_floor:.3g} cond_ratio {cond_w2 / cond_floor:.3f} "
       f"sampled_ratio {sampled_ratio:.3f} bary_ratio {bary_ratio(fine, SCORED_X):.3f} marg_ratio {marg_ratio:.3f} "
-      f"cond_ratio_all {all_w2 / all_floor:.3f} train_s {run.seconds:.1f} total_s {time.perf_counter() - start_time:.1f}")
+      f"cond_ratio_all {all_w2 / all_floor:.3f} train_s {run.seconds:.1f} "
+      f"total_s {time.perf_counter() - start_time:.1f}")
