@@ -522,12 +522,13 @@ def arguments(doc, script, eps=None, **more):
     """Command line shared by the scripts; seeds torch -> namespace with eps, smoke, resume, out, device (torch.device),
     seed, and code: the script's text, read now, since a checkpoint must hold the code that ran.
 
-    eps: its default, None for a script without one.  more: extra options, name = dict of argparse keywords."""
+    eps: its default, 0 if the data decide, None for a script without one.  more: name = dict of argparse keywords."""
     sys.stdout, sys.stderr = (stream and Console(stream) for stream in (sys.stdout, sys.stderr))  # None where closed
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: fail(f"{message} (-h lists the options)")
     if eps is not None:
-        parser.add_argument("--eps", type=number(1e-6, 1e6), default=eps, help="of the plan (default %(default)s)")
+        allowed = number(1e-6, 1e6) if eps else number(1e-300, 1e300)  # in units of the data
+        parser.add_argument("--eps", type=allowed, default=eps, help=f"of the plan (default {eps or 'from the data'})")
     parser.add_argument("--smoke", action="store_true", help="the same path, tiny: seconds, files named *_smoke")
     parser.add_argument("--resume", action="store_true", help="carry on from this script's checkpoint")
     parser.add_argument("--out", default=os.path.dirname(os.path.abspath(script)),
@@ -535,7 +536,7 @@ def arguments(doc, script, eps=None, **more):
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: a GPU that works, else CPU)")
     parser.add_argument("--seed", type=number(0, 2 ** 63 - 1, int), default=0, help="of the training (default 0)")
     for name, options in more.items():
-        parser.add_argument(f"--{name}", **options)
+        parser.add_argument(name if "nargs" in options else f"--{name}", **options)  # with nargs: without dashes
     args = parser.parse_args()
     try:
         os.makedirs(args.out, exist_ok=True)
