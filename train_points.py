@@ -428,6 +428,7 @@ def fit_mixtures():
         gain, error = gain_of(new, fitted[-1]) if fitted else (0.0, 0.0)
         print(f"mixture of {components}: objective on held-out rows {UNIT ** 2 * best[0]:.4f}, "
               f"gain {UNIT ** 2 * gain:.2g} +- {UNIT ** 2 * error:.2g}, {time.perf_counter() - start_time:.0f} s")
+        tried.append(best[0])
         if fitted and not gain > 2 * error:
             break
         fitted.append(new)
@@ -442,6 +443,7 @@ def kept_components():
         return 1
 
 
+tried = []  # objective on held-out rows of each mixture, for the figure
 if args.resume:
     base, mixture = (common.Mixture(DIM, components, EPS).to(device) for components in (1, kept_components()))
 else:
@@ -519,7 +521,8 @@ opt = torch.optim.Adam(net.parameters(), lr=LR, betas=BETAS, fused=True)
 chains_x = batch(x_train, CHAINS)
 zero = torch.zeros(())
 bank = common.Bank(chains_x, start_chains(chains_x), eta=ladder / 20, best=zero, best_step=zero, gain=zero, error=zero,
-                   effective=zero + 1, use_net=zero, history=torch.zeros(STEPS // LOG_EVERY, 2)).to(device)
+                   effective=zero + 1, use_net=zero, history=torch.zeros(STEPS // LOG_EVERY, 2),
+                   tried=torch.tensor(tried + [0.0] * (len(COMPONENTS) - len(tried)))).to(device)
 
 parts = {"base": base, "mixture": mixture, "net": net, "net_avg": net_avg, "net_best": net_best, "opt": opt,
          "bank": bank}
@@ -638,12 +641,16 @@ for k, cloud in enumerate(data_units(sample_plan(test_x[:6], 200)) @ view):
 axes[2].set(title="y of six x (stars)")
 seen = bank.history[:, 1] > 0
 steps = LOG_EVERY * torch.arange(1, len(seen) + 1)
-for k, (what, plan) in enumerate(((f"mixture of {K}", mixture), ("one Gaussian", base))):
-    axes[3].axhline(UNIT ** 2 * plan.objective(x_held, y_held).item(), c=f"C{k}", label=what)
 if seen.any():
+    for k, (what, plan) in enumerate(((f"mixture of {K}", mixture), ("one Gaussian", base))):
+        axes[3].axhline(UNIT ** 2 * plan.objective(x_held, y_held).item(), c=f"C{k}", label=what)
     axes[3].plot(steps[seen.cpu()], UNIT ** 2 * bank.history[seen, 0].cpu(), "o-", c="C2", label="Gaussian + net")
-axes[3].legend()
-axes[3].set(title="dual objective on held-out points", xlabel="steps of the net")
+    axes[3].legend()
+else:
+    count = int((bank.tried != 0).sum())
+    axes[3].semilogx(COMPONENTS[:count], UNIT ** 2 * bank.tried[:count].cpu(), "o-")
+    axes[3].axvline(K, c="0.7", ls=":")
+axes[3].set(title="dual objective on held-out points", xlabel="steps of the net" if seen.any() else "components (chosen: dotted)")
 plan = "the net" if bank.use_net else f"a mixture of {K}"
 fig.suptitle(f"{label}, {DIM} dimensions, eps = {eps_given:g}: plan of {plan}, "
              f"cost {scores['cost']:.4g}, {run.step} steps, {run.seconds:.0f} s")
