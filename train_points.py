@@ -497,7 +497,7 @@ def sample_plan(x, per_x=1, steps=SAMPLE_STEPS, chains=None):
             y, _, _ = mcmc_step(net_best, x_part, y)
         snapshots = [y[:, 0]]
         while len(snapshots) * chains < per_x:
-            for _ in range(max(1, steps // 20)):
+            for _ in range(max(1, steps // 10)):
                 y, _, _ = mcmc_step(net_best, x_part, y)
             snapshots.append(y[:, 0])
         out.append(torch.stack(snapshots, 1))
@@ -601,7 +601,7 @@ def distances_to_target(y):
     return torch.stack(to_halves).mean(0), torch.stack(floor).mean(0)
 
 
-test_x = x_held[:2 * SCORED]
+test_x = x_held[:SCORED]
 pushed = sample_plan(test_x)[:, 0]
 (energy, sw2), (energy_floor, sw2_floor) = distances_to_target(pushed)
 (energy_4x, sw2_4x), _ = distances_to_target(sample_plan(test_x, steps=4 * SAMPLE_STEPS)[:, 0])
