@@ -827,45 +827,275 @@ def test_potentials():
     assert torch.allclose((grad * v).flatten(1).sum(1), slope, rtol=0.02, atol=2e-3)
 
 
-# ------------------------------------------------------------------------------------------------ train_gauss.py
+# ------------------------------------------------------------------------------------------------ mixtures, exchange
 
-@pytest.fixture
-def gauss():
-    """The script's globals; so below."""
-    return whole("gauss_dim3_eps1_seed0_smoke")[2]
-
-
-def test_gauss_table_knows_finished_cells_by_their_own_number_of_steps(tmp_path, gauss, monkeypatch):
-    read_finals, path = gauss["read_finals"], tmp_path / "table.txt"
-    monkeypatch.setitem(read_finals.__globals__, "LEAST_STEPS", 1000)
-    monkeypatch.setitem(read_finals.__globals__, "DIM_STEPS", 6000)
-    cells = (2, 3000), (3, 1000), (16, 1000), (64, 999)
-    path.write_text("".join(f"final dim {d} eps 1 steps {n} total_s 1\n" for d, n in cells))
-    assert set(read_finals(path)) == {(2, 1), (16, 1)}  # 3 wants 2000
+def mixture_1d(eps=0.5):
+    """A Mixture of three components in 1-D."""
+    plan = common.Mixture(1, 3, eps)
+    S = torch.tensor([0.3, 1.0, 0.6]).view(3, 1, 1)
+    state = {"log_a": torch.tensor([0.2, 0.5, 0.3]).log(), "share": torch.ones(3) / 3, "S": S, "root": S.sqrt(),
+             "r": torch.tensor([[-2.0], [0.5], [2.5]]), "inverse": 1 / S.sqrt()}
+    plan.load_state_dict(state)
+    return plan
 
 
-def test_gauss_uvp_by_hand(gauss):
-    uvp = gauss["uvp"]
-    corners = torch.tensor([[1.0, 1.0], [1, -1], [-1, 1], [-1, -1]])  # mean 0, covariance I
-    eye, no = torch.eye(2).double(), torch.zeros(2).double()
-    assert uvp(corners, no, eye) == pytest.approx(0, abs=1e-10)
-    assert uvp(corners + torch.tensor([0.3, 0.4]), no, eye) == pytest.approx(100 * 0.25 / 2)  # |m|^2/2 over tr/2 = 1
-    long = torch.diag(torch.tensor([4.0, 1.0])).double()
-    assert uvp(corners, no, long) == pytest.approx(100 * 1 / 5)  # (2 - 1)^2/2 over 5/2
-    turn = torch.tensor([[math.cos(0.5), -math.sin(0.5)], [math.sin(0.5), math.cos(0.5)]]).double()
-    wide, S = corners.double() * torch.tensor([2.0, 1.0]), turn @ long @ turn.T
-    fidelity = math.sqrt((long @ S).trace() + 2 * 4)  # 2 x 2: sqrt(tr P + 2 sqrt(det P))
-    assert uvp(wide, no, S) == pytest.approx(100 * (10 - 2 * fidelity) / 5)
+def conditional_1d(f, eps, x, ticks=torch.linspace(-15, 15, 6001, dtype=torch.float64)):
+    """log Z, mean and variance of exp((f(y) - |x-y|^2/2)/eps) at each x (T,), by quadrature."""
+    log_p = (f(ticks.float()[:, None]).double() - (x.double()[:, None] - ticks).square() / 2) / eps
+    weights, spacing = log_p.softmax(1), ticks[1] - ticks[0]
+    mean = weights @ ticks
+    return log_p.logsumexp(1) + spacing.log(), mean, weights @ ticks.square() - mean ** 2
 
 
-def test_gauss_regression(gauss):
+def test_a_mixture_s_plan_is_its_closed_form():
     torch.manual_seed(0)
-    g = gauss
-    slope, residual = torch.randn(3, 3), torch.diag(torch.tensor([1.0, 0.5, 0.8]))
-    x = torch.randn(200_000, 3)
-    pairs = torch.cat([x, x @ slope + torch.randn(200_000, 3) @ residual], 1)
-    found, root = g["regress"](pairs.T @ pairs / len(pairs))
-    assert torch.allclose(found, slope, atol=0.02) and torch.allclose(root @ root.T, residual @ residual, atol=0.02)
+    plan, x = mixture_1d(), torch.tensor([-2.0, -0.3, 0.0, 1.7])
+    log_z, mean, variance = conditional_1d(plan, plan.eps, x)
+    assert torch.allclose(plan.log_z(x[:, None]).double(), log_z, atol=1e-4)
+    y = plan.sample(x[:, None].repeat_interleave(200_000, 0)).view(4, -1).double()
+    assert torch.allclose(y.mean(1), mean, atol=0.015) and torch.allclose(y.var(1), variance, atol=0.03)
+    x, y = torch.randn(1000, 1), torch.randn(1000, 1)
+    by_quadrature = plan(y).mean() - plan.eps * conditional_1d(plan, plan.eps, x[:, 0])[0].mean()
+    assert plan.objective(x, y).item() == pytest.approx(by_quadrature.item(), abs=1e-4)
+
+
+def test_one_component_is_the_gaussian_plan():
+    torch.manual_seed(0)
+    x, y, eps = torch.randn(5000, 3) @ torch.randn(3, 3), torch.randn(5000, 3) @ torch.randn(3, 3) + 2, 0.3
+    plan = common.Mixture(3, 1, eps)
+    list(plan.fit(lambda: x, lambda: y, 0))
+    S0, S1 = (torch.cov(z.T.double(), correction=0) for z in (x, y))
+    T = common.gaussian_map(S0, S1, eps)
+    assert torch.allclose(T @ S0 @ T + eps * T, S1, atol=1e-8)
+    assert torch.allclose(plan.S[0].double(), T, atol=1e-4)
+    assert torch.allclose(plan.r[0].double(), y.double().mean(0) - T @ x.double().mean(0), atol=1e-3)
+
+
+def test_a_mixture_is_fitted_to_the_plan_it_came_from():
+    torch.manual_seed(0)
+    true, x = mixture_1d(), torch.randn(40_000, 1)
+    y, plan = true.sample(x), common.Mixture(1, 3, true.eps)
+    first, *_, last = [plan.objective(x, y).item() for _ in plan.fit(lambda: x, lambda: y, 150)]
+    assert first < last and last == pytest.approx(true.objective(x, y).item(), abs=2e-3)
+    points = torch.tensor([-1.5, 0.0, 1.5])
+    for found, exact in zip(conditional_1d(plan, plan.eps, points)[1:], conditional_1d(true, true.eps, points)[1:]):
+        assert torch.allclose(found, exact, atol=0.05)
+    of_x, of_y = plan.log_w(x).softmax(1).mean(0), plan.log_v(y).softmax(1).mean(0)
+    assert torch.allclose(of_x, of_y, atol=1e-3)  # each component's parts of P and Q have the same mass
+
+
+@pytest.mark.parametrize("dim", [2, 20])
+def test_replica_exchange_mixes_modes_that_langevin_cannot_connect(dim):
+    torch.manual_seed(0)
+    eps, width, away, weight = 1.0, 0.4, 2.0, 0.3  # modes at +-2 of width 0.4: a barrier of 12.5 nats
+    centre = torch.zeros(dim)
+    centre[0] = away
+
+    def f(y):  # at x = 0 the plan is weight N(centre, width^2) + (1 - weight) N(-centre, width^2)
+        logs = torch.stack([w - (y - s * centre).square().sum(1) / (2 * width ** 2)
+                            for w, s in ((math.log(weight), 1), (math.log(1 - weight), -1))])
+        return eps * logs.logsumexp(0) + y.square().sum(1) / 2
+
+    rungs = 2 + math.ceil(1.1 * math.sqrt(dim) * math.log10(16))
+    ladder = 16 ** (torch.arange(rungs) / (rungs - 1)) * eps
+    x, y, n = torch.zeros(400, dim), -centre + width * torch.randn(400, rungs, dim), 400
+    alone = y[:, 0]
+    for _ in range(300):
+        flat, log_p, _ = common.mala(f, x.repeat_interleave(rungs, 0), y.flatten(0, 1), ladder.repeat(n),
+                                     (width ** 2 * 1.6 / dim ** (1 / 3) * ladder).repeat(n)[:, None], 2)
+        y, swapped = common.exchange(flat.view(y.shape), log_p.view(n, rungs), ladder)
+        alone = common.mala(f, x, alone, eps, width ** 2, 1)[0]
+    assert (swapped > 0.15).all() and (alone[:, 0] > 0).float().mean() == 0
+    assert (y[:, 0, 0] > 0).float().mean().item() == pytest.approx(weight, abs=0.09)  # 4 standard errors
+
+
+def test_exchange_leaves_the_law_of_every_temperature_unchanged():
+    torch.manual_seed(0)
+    ladder, n = torch.tensor([0.5, 1.0, 3.0]), 200_000  # f = 0, x = 0: N(0, eps) at each
+    y = ladder.sqrt()[:, None] * torch.randn(n, 3, 2)
+    log_p = -y.square().sum(2) / 2 / ladder
+    new, swapped = common.exchange(y, log_p, ladder)
+    assert torch.allclose(new.var(0).mean(1) / ladder, torch.ones(3), atol=0.01)
+    assert (new[:, 0] * new[:, 1]).mean().abs() < 0.01 and (swapped > 0.2).all()
+    assert torch.allclose(new.sum(1), y.sum(1), atol=1e-4)  # y only changes places
+
+
+def test_the_objective_s_estimate_against_quadrature():
+    torch.manual_seed(0)
+    plan, x = mixture_1d(), torch.linspace(-2, 2, 9)
+
+    def net(y):
+        return 0.8 * torch.sin(2 * y[:, 0]) - 0.1 * y[:, 0] ** 2
+
+    exact = conditional_1d(lambda y: plan(y) + net(y), plan.eps, x)[0] - conditional_1d(plan, plan.eps, x)[0]
+    found, effective = common.log_z_ratio(plan, net, x[:, None], 4000, 10, 0.1)
+    assert torch.allclose(found.double(), exact, atol=0.03) and effective > 0.5
+    nothing, effective = common.log_z_ratio(plan, lambda y: 0 * y[:, 0], x[:, None], 8, 3, 0.1)
+    assert nothing.abs().max() < 1e-6 and effective.item() == pytest.approx(1)
+    assert common.log_z_ratio(plan, lambda y: 60 * torch.sin(9 * y[:, 0]), x[:, None], 64, 2, 0.1)[1] < 0.2
+
+
+def test_heads_are_a_sum_of_small_networks():
+    torch.manual_seed(0)
+    f, y = common.Heads(5, 3, width=4, depth=2, scale=2.0), torch.randn(7, 5)
+    by_hand = torch.zeros(7)
+    for k in range(3):
+        h = y @ f.W[2 * k:2 * k + 2].T
+        for weight, bias in zip(f.weights, f.biases):
+            h = torch.nn.functional.silu(h @ weight[k] + bias[k])
+        by_hand += 2 * (h @ f.last[k]).squeeze(1)
+    assert torch.allclose(f(y), by_hand, atol=1e-5)
+    at = torch.full((1, 5), 3.0)
+    f.init_first_layer_at(at, 3.0)
+    inner = (at @ f.W.T).view(3, 1, 2) @ f.weights[0] + f.biases[0]
+    assert inner.abs().max() < 1e-4  # every ramp starts at the only sample
+
+
+# ------------------------------------------------------------------------------------------------ train_points.py
+
+POINTS = "points_mixture_dim2_eps1_seed0_smoke"
+
+
+def test_points_bw2_by_hand():
+    bw2 = whole(POINTS)[2]["bw2"]
+    corners = torch.tensor([[1.0, 1.0], [1, -1], [-1, 1], [-1, -1]]).double()  # mean 0, covariance I
+    eye, no = torch.eye(2).double(), torch.zeros(2).double()
+    assert bw2(corners, no, eye) == pytest.approx(0, abs=1e-10)
+    assert bw2(corners + torch.tensor([0.3, 0.4]), no, eye) == pytest.approx(0.25)
+    long = torch.diag(torch.tensor([4.0, 1.0])).double()
+    assert bw2(corners, no, long) == pytest.approx(1)  # (2 - 1)^2
+    turn = torch.tensor([[math.cos(0.5), -math.sin(0.5)], [math.sin(0.5), math.cos(0.5)]]).double()
+    wide, S = corners * torch.tensor([2.0, 1.0]), turn @ long @ turn.T
+    fidelity = math.sqrt((long @ S).trace() + 2 * 4)  # 2 x 2: sqrt(tr P + 2 sqrt(det P))
+    assert bw2(wide, no, S) == pytest.approx(10 - 2 * fidelity)
+
+
+@pytest.mark.parametrize("components, eps", [(1, 0.3), (5, 0.3)])
+def test_points_known_plans_are_plans(components, eps):
+    """Known's conditional sends P to a Q for which Sinkhorn's condition holds: f does not depend on x."""
+    torch.manual_seed(0)
+    known = whole(POINTS)[2]["Known"](2, eps, components)
+    x, y = known.source(4), known.target(6)
+    w, m = known.weights(x), known.shift + torch.einsum("kde,ne->nkd", known.slope, x)
+    d = y[None, :, None] - m[:, None]  # (x, y, k, D)
+    inverse = torch.linalg.inv(known.C)
+    log_p = torch.logsumexp(w.log()[:, None] - torch.einsum("xykd,kde,xyke->xyk", d, inverse, d) / 2
+                            + torch.linalg.slogdet(inverse)[1] / 2, 2)
+    f_less_z = log_p + torch.cdist(x, y).square() / (2 * eps)  # (f(y) - eps log Z(x)) / eps
+    mixed = f_less_z - f_less_z[:1] - f_less_z[:, :1] + f_less_z[:1, :1]
+    assert mixed.abs().max() < 1e-8
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Two Gaussian sets in a folder: columns of deviation 10 and 1, a constant one and a duplicate."""
+    folder, generator = tmp_path_factory.mktemp("files"), np.random.default_rng(0)
+    for name, n, shift in (("X", 400, 0), ("Y", 300, 50), ("NEW", 7, 0)):
+        rows = generator.normal(size=(n, 2)) * [10, 1] + shift
+        np.save(folder / f"{name}.npy", np.column_stack([rows, np.full(n, 3.0), rows[:, 0]]))
+    return folder
+
+
+def points(files, out, *options, code=0, names=("X.npy", "Y.npy")):
+    sets = [files / name for name in names]
+    return here("train_points.py", *sets, "--smoke", "--device", "cpu", "--out", out, *options, code=code)
+
+
+def test_points_maps_the_same_at_once_and_later(files, tmp_path):
+    mapping = ("--map", files / "NEW.npy", "--per-x", "5")
+    name = next(iter(points(files, tmp_path / "a", *mapping)[0].split("wrote ")[1:])).split("_mapped")[0]
+    at_once = np.load(f"{name}_mapped.npy")
+    points(files, tmp_path / "b")
+    points(files, tmp_path / "b", "--resume", *mapping)
+    later = np.load(tmp_path / "b" / f"{os.path.basename(name)}_mapped.npy")
+    assert at_once.shape == (7, 5, 4) and np.array_equal(at_once, later)
+    assert np.allclose(at_once[..., 2], 3, atol=1) and np.allclose(at_once[..., 0], at_once[..., 3], atol=1)
+    new = np.load(files / "NEW.npy")
+    points(files, tmp_path / "b", "--resume", *mapping, "--time", "0")
+    assert np.allclose(np.load(tmp_path / "b" / f"{os.path.basename(name)}_mapped.npy"), new[:, None])
+    points(files, tmp_path / "b", "--resume", *mapping, "--time", "0.5")
+    middle = np.load(tmp_path / "b" / f"{os.path.basename(name)}_mapped.npy")
+    eps = float(name.split("eps")[1].split("_")[0])
+    noise = middle - (new[:, None] + at_once) / 2  # N(0, eps/4)
+    assert noise.std() == pytest.approx((eps / 4) ** 0.5, rel=0.25)
+
+
+def test_points_reads_every_format_and_any_unit(files, tmp_path):
+    X, Y = (np.load(files / name) for name in ("X.npy", "Y.npy"))
+    for name, rows in (("X", X), ("Y", Y)):
+        torch.save(torch.from_numpy(rows), tmp_path / f"{name}.pt")
+        np.savetxt(tmp_path / f"{name}.csv", rows, delimiter=",", header="a,b,c,d" if name == "X" else "", comments="",
+                   fmt="%.18g")
+        np.save(tmp_path / f"{name}.npy", 1e-4 * rows)
+    lines = [final(points(folder, tmp_path / "out", names=(f"X{end}", f"Y{end}"))[0])
+             for folder, end in ((files, ".npy"), (tmp_path, ".pt"), (tmp_path, ".csv"), (tmp_path, ".npy"))]
+    for key in ("cost", "objective", "energy_ratio"):
+        assert lines[0][key] == lines[1][key] == lines[2][key]
+    assert lines[3]["cost"] == pytest.approx(1e-8 * lines[0]["cost"], rel=0.05)
+    spread = 2 * 50 ** 2 + 50 ** 2  # of the means: three columns are 50 apart, the constant one is not
+    assert lines[0]["cost"] == pytest.approx(spread / 2, rel=0.2)
+
+
+def test_points_learns_a_gaussian_plan_in_one_dimension(tmp_path):
+    generator = np.random.default_rng(1)
+    X, Y = generator.normal(size=(20_000, 1)), 5 + 2 * generator.normal(size=(20_000, 1))
+    np.save(tmp_path / "X.npy", X)
+    np.save(tmp_path / "Y.npy", Y)
+    np.save(tmp_path / "NEW.npy", np.array([[-1.0], [0.0], [2.0]]))
+    points(tmp_path, tmp_path, "--eps", "0.5", "--map", tmp_path / "NEW.npy", "--per-x", "20000")
+    y = np.load(tmp_path / "points_X_Y_eps0.5_seed0_smoke_mapped.npy")[..., 0]
+    T = (math.sqrt(4 * 4 + 0.25) - 0.5) / 2  # T^2 + eps T = 4
+    assert np.allclose(y.mean(1), 5 + T * np.array([-1, 0, 2]), atol=0.1) and np.allclose(y.var(1), 0.5 * T, rtol=0.06)
+
+
+def bad_points(folder):
+    """{what is wrong: (file of X, words of the sentence)}"""
+    rows = np.random.default_rng(0).normal(size=(60, 4))
+    holes = rows.copy()
+    holes[[3, 7], 1] = np.nan, np.inf
+    text = "\n".join(",".join(map(str, row)) for row in rows)
+    made = {"columns.npy": rows[:, :3], "holes.npy": holes, "flat.npy": rows[:, 0], "none.npy": rows[:0],
+            "few.npy": rows[:49], "pickle.npy": np.array([{"a": 1}], dtype=object),
+            "text.csv": "a,b,c,d\n1,2,3,4\n1,x,3,4\n" + text,
+            "ragged.csv": "1,2,3,4\n1,2,3\n" + text, "broken.npy": b"not an array", "complex.npy": rows + 1j,
+            "complex.pt": torch.zeros(60, 4, dtype=torch.complex64), "dict.pt": {"x": torch.zeros(60, 4)},
+            "sparse.pt": torch.eye(60)[:, :4].to_sparse(), "float8.pt": torch.zeros(60, 4).to(torch.float8_e4m3fn),
+            "binary.csv": b"\xff\xfe\x00"}
+    for name, held in made.items():
+        if isinstance(held, (bytes, str)):
+            (folder / name).write_bytes(held if isinstance(held, bytes) else held.encode())
+        elif name.endswith(".npy"):
+            np.save(folder / name, held, allow_pickle=True)
+        else:
+            torch.save(held, folder / name)
+    os.mkfifo(folder / "fifo.npy")
+    words = {"columns.npy": "columns", "holes.npy": "[3, 7]", "few.npy": "49 rows", "pickle.npy": "pickles",
+             "text.csv": "line 3", "ragged.csv": "line 2", "absent.npy": "no file", "fifo.npy": "no file"}
+    return {name: words.get(name, name) for name in (*made, "absent.npy", "fifo.npy")}
+
+
+def test_points_refuses_bad_files_by_one_sentence(files, tmp_path):
+    for name, word in bad_points(tmp_path).items():
+        shutil.copy(files / "Y.npy", tmp_path / "Y.npy")
+        said = points(tmp_path, tmp_path / "out", code=2, names=(name, "Y.npy"))[0]
+        refuses(said, name if name != "columns.npy" else "Y.npy", word)
+        if name not in ("few.npy", "columns.npy"):
+            refuses(points(files, tmp_path / "out", "--map", tmp_path / name, code=2)[0], name, word)
+    refuses(points(files, tmp_path / "out", "--map", tmp_path / "columns.npy", code=2)[0], "columns")
+    refuses(points(files, tmp_path / "out", "--eps", "1e-9", code=2)[0], "choose from")
+    refuses(points(files, tmp_path / "out", "--eps", "1e9", code=2)[0], "choose from")
+    refuses(points(files, tmp_path / "out", code=2, names=("X.npy",))[0], "two")
+    refuses(here("train_points.py", "--pair", "rolls", "--dim", "3", code=2)[0], "even --dim")
+    assert not [name for name in written(tmp_path / "out") if name.endswith(".pt")]
+
+
+def test_points_table_goes_on_per_cell(tmp_path):
+    done = "gauss eps 1 dim 2 seed 0 components 1 net 0 plan_uvp 0.5 plan_floor 0.1 total_s 9\n"
+    table = tmp_path / "points_table_seed0_smoke.txt"
+    table.write_text(done + done.replace("gauss", "rolls").replace("eps 1 ", "eps 0.1 ")[:40])  # killed while writing
+    output, _ = here("train_points.py", "--smoke", "--table", "--resume", "--out", tmp_path)
+    assert "rolls_dim2" in output and "gauss_dim2" not in output  # the first is not run again
+    assert final(output)["cells"] == 2 and "0.5000 (exact samples 0.1000)" in output
 
 
 # ------------------------------------------------------------------------------------------------ train_cmnist.py

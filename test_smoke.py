@@ -31,7 +31,6 @@ KEPT = tempfile.TemporaryDirectory(prefix="smoke_runs_")  # removed as the proce
 RUNS = {
     "toy_eps0.1_seed0_smoke": ("train_toy.py",),
     "points_mixture_dim2_eps1_seed0_smoke": ("train_points.py",),
-    "gauss_dim3_eps1_seed0_smoke": ("train_gauss.py", "--dim", "3"),
     "cmnist_eps0.1_seed0_smoke": ("train_cmnist.py", "--data", "{none}"),
     "not_moons_strong_convex1_seed0_smoke": ("train_not.py",),
     "not_roll_weak_convex0_seed0_smoke": ("train_not.py", "--cost", "weak", "--convex", "0", "--data-set", "roll"),
@@ -186,26 +185,6 @@ def test_toy(tmp_path):
     assert again["train_s"] <= final(output)["train_s"] + 0.5
     for eps in (0.001, 5):
         assert final(smoke(name, tmp_path, "--eps", eps)[0])["eps"] == eps
-
-
-def test_gauss():
-    name = "gauss_dim3_eps1_seed0_smoke"
-    folder, output, _ = whole(name)
-    assert final(output)["dim"] == 3 and written(folder) == {f"{name}.pt", f"{name}.png"}
-
-
-def test_gauss_table_goes_on_per_cell(tmp_path):
-    done = ("final dim 2 eps 1 plan_uvp 0.5 plan_floor 0.1 target_uvp 1 target_floor 1 cond_uvp 1 cond_floor 1 steps 30"
-            " train_s 7 total_s 9\n")
-    half = done.replace("dim 2", "dim 3")[:40]  # killed while writing
-    table = tmp_path / "gauss_table_seed0_smoke.txt"
-    table.write_text(done + half)
-    output, _ = here("train_gauss.py", "--smoke", "--table", "--resume", "--out", tmp_path)
-    assert "final dim 3 " in output and "final dim 2 " not in output  # 2 is not run again
-    assert "0.5000 (0.1000) 7 s" in output
-    assert final(output)["cells"] == 2 and (tmp_path / "gauss_table_seed0_smoke.png").exists()
-    lines = table.read_text()
-    assert lines.startswith(done) and lines.count("final") == len(lines.splitlines()) == 3  # half spoiled nothing
 
 
 def pairs_of(folder, name):

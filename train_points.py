@@ -146,7 +146,7 @@ def run_table():
                 if line.startswith("final ") and " finished 1 " in line:
                     try:
                         with open(path, "a", encoding="utf-8") as file:
-                            file.write(f"{pair} {line[6:]}")
+                            file.write(f"\n{pair} {line[6:]}")  # a line that a kill cut short is ended first
                     except OSError as error:
                         common.fail(f"cannot write {path} ({error.strerror}): free some space or name another --out")
             if cell.wait() and not asked:
