@@ -8,15 +8,10 @@ One potential f is learned; there is no second network and no min-max game (Mokr
     x source (B, ...)    y target (B, ...)    f potential, large = likely    c(x,y) cost, |x-y|^2/2 unless given
     eps > 0 temperature of the plan           eta Langevin step              log_p = (f(y) - c(x,y)) / eps  (B,)
 """
-import argparse
-import atexit
-import math
 import os
 import signal
 import sys
 import threading
-import time
-import zipfile
 
 # A script beside this file that is stopped during its imports, which take seconds, ends without a traceback; pick_device,
 # which every script calls, gives Ctrl-C its meaning back.  In another project nothing changes.
@@ -24,6 +19,12 @@ started = os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or 
 OURS = os.path.dirname(started) == os.path.dirname(os.path.abspath(__file__))
 if OURS and threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import argparse
+import atexit
+import math
+import time
+import zipfile
 
 import torch
 from torch import nn
