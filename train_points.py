@@ -555,7 +555,8 @@ for step in run.steps():
         run.total = step if given_up() else run.total
     if run.due():
         if run.last:
-            bank.gain, bank.error, bank.effective = net_gain(net_best, 4 * GAIN_STEPS)
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):  # as if a stopped run were not
+                bank.gain, bank.error, bank.effective = net_gain(net_best, 4 * GAIN_STEPS)
             of_mixture, error = gain_of(mixture, base)
             better = bank.gain - of_mixture > 2 * (bank.error ** 2 + error ** 2) ** 0.5
             bank.use_net = (better & (bank.effective > TRUSTED)).float()
