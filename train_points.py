@@ -657,8 +657,8 @@ else:
     axes[3].axvline(K, c="0.7", ls=":")
 axes[3].set(title="dual objective on held-out points", xlabel="steps of the net" if seen.any() else "components (chosen: dotted)")
 plan = "the net" if bank.use_net else f"a mixture of {K}"
-fig.suptitle(f"{label}, {DIM} dimensions, eps = {eps_given:g}: plan of {plan}, "
-             f"cost {scores['cost']:.4g}, {run.step} steps, {run.seconds:.0f} s")
+fig.suptitle(f"{label.encode(errors='replace').decode()}, {DIM} dimensions, eps = {eps_given:g}: plan of {plan}, "
+             f"cost {scores['cost']:.4g}, {run.step} steps, {run.seconds:.0f} s", parse_math=False)  # file names are any bytes
 common.save_figure(fig, name + ".png")
 print(f"wrote {name}.png and {name}.pt")
 print(f"final eps {eps_given:g} dim {DIM} seed {SEED} components {K} " +
