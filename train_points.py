@@ -175,12 +175,13 @@ def read_rows(path, columns=None):
     """The rows of a file as float64 (n, D), or a sentence on what is wrong with it."""
     if not os.path.isfile(path):
         common.fail(f"no file {path}: name a .npy, .pt or .csv file whose rows are samples")
-    if path.endswith(".csv"):
+    kind = os.path.splitext(path)[1].lower()
+    if kind == ".csv":
         rows = read_csv(path)
     else:
         try:
-            if path.endswith(".npy"):
-                rows = np.load(path, allow_pickle=False)
+            if kind == ".npy":
+                rows = np.load(path, allow_pickle=False)[...]  # of an .npz, which has another name: an error
             else:
                 rows = torch.load(path, map_location="cpu", weights_only=True).detach().numpy()
         except Exception:  # foreign, truncated, a pickle, no tensor, a type that numpy lacks: each has its own
@@ -201,6 +202,8 @@ def read_csv(path):
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             for line, cells in enumerate(csv.reader(file), 1):
+                if not cells:  # an empty line, as at the end
+                    continue
                 try:
                     rows.append([float(cell) for cell in cells])
                 except ValueError:
@@ -211,7 +214,7 @@ def read_csv(path):
                     common.fail(f"{path} line {line} has {len(rows[-1])} columns, not {len(rows[0])}: mend that line")
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         common.fail(f"{path} cannot be read as text ({error}): name a .csv of numbers")
-    return np.array(rows, dtype=np.float64).reshape(len(rows), -1)
+    return np.array(rows, dtype=np.float64).reshape(len(rows), len(rows[0]) if rows else 0)
 
 
 def read_files():
@@ -369,8 +372,9 @@ DIM = X.shape[1]
 center_x, center_y = X.mean(0), Y.mean(0)  # moving a set adds to the cost what depends on x or y alone
 mean_cost = ((X - center_x).square().sum(1).mean() + (Y - center_y).square().sum(1).mean()).item() / 2
 UNIT = math.sqrt(mean_cost / DIM)  # one number for both sets, since the cost compares them
-if not UNIT > 0:
-    common.fail("all rows are equal: there is nothing to transport")
+if not 1e-30 < mean_cost < 1e30:
+    common.fail(f"the mean centred cost is {mean_cost:.3g}: there is nothing to transport if all rows are equal; "
+                f"if not, choose a unit in which it is nearer to 1")
 if not 1e-4 * mean_cost <= (args.eps or mean_cost) <= 1e3 * mean_cost:
     common.fail(f"--eps {args.eps:g} would mean nothing on these data, whose mean centred cost is {mean_cost:.3g}: "
                 f"choose from {1e-4 * mean_cost:.2g} to {1e3 * mean_cost:.2g}, as a rule {EPS_SHARE * mean_cost:.2g}")
@@ -652,8 +656,9 @@ else:
 axes[3].set(title="dual objective on held-out points",
             xlabel="steps of the net" if seen.any() else "components (chosen: dotted)")
 plan = "the net" if use_net else f"a mixture of {K}"
-fig.suptitle(f"{label}, {DIM} dimensions, eps = {eps_given:g}: plan of {plan}, "
-             f"cost {scores['cost']:.4g}, {run.step} steps, {run.seconds:.0f} s")
+shown_label = label.encode(errors="replace").decode()  # file names may hold any bytes
+fig.suptitle(f"{shown_label}, {DIM} dimensions, eps = {eps_given:g}: plan of {plan}, "
+             f"cost {scores['cost']:.4g}, {run.step} steps, {run.seconds:.0f} s", parse_math=False)
 common.save_figure(fig, name + ".png")
 print(f"wrote {name}.png and {name}.pt")
 print(f"final eps {eps_given:g} dim {DIM} seed {SEED} components {K} " +
