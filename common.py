@@ -13,8 +13,8 @@ import signal
 import sys
 import threading
 
-# A script beside this file that is stopped during its imports, which take seconds, ends without a traceback; pick_device,
-# which every script calls, gives Ctrl-C its meaning back.  In another project nothing changes.
+# A script beside this file that is stopped during its imports, which take seconds, ends without a traceback.
+# pick_device, which every script calls, gives Ctrl-C its meaning back.  In another project nothing changes.
 started = os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or "")
 OURS = os.path.dirname(started) == os.path.dirname(os.path.abspath(__file__))
 if OURS and threading.current_thread() is threading.main_thread():
