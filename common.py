@@ -8,24 +8,28 @@ One potential f is learned; there is no second network and no min-max game (Mokr
     x source (B, ...)    y target (B, ...)    f potential, large = likely    c(x,y) cost, |x-y|^2/2 unless given
     eps > 0 temperature of the plan           eta Langevin step              log_p = (f(y) - c(x,y)) / eps  (B,)
 """
-import argparse
-import atexit
-import math
 import os
 import signal
 import sys
 import threading
+
+# A script beside this file that is stopped during its imports, which take seconds, ends without a traceback.
+# pick_device, which every script calls, gives Ctrl-C its meaning back.  In another project nothing changes.
+started = os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or "")
+OURS = os.path.dirname(started) == os.path.dirname(os.path.abspath(__file__))
+if OURS and threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import argparse
+import atexit
+import math
 import time
 import zipfile
 
-# Ctrl-C ends a script without a traceback: at once during the seconds that torch's import takes, quietly afterwards
-in_main = threading.current_thread() is threading.main_thread()
-sigint = signal.signal(signal.SIGINT, signal.SIG_DFL) if in_main else None
 import torch
 from torch import nn
 import torch.nn.functional as F
-if in_main:
-    signal.signal(signal.SIGINT, sigint)
+
 sys.excepthook = lambda kind, *rest: None if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)
 
 
@@ -562,6 +566,8 @@ def arguments(doc, script, eps=None, **more):
 
 def pick_device(name):
     """"auto" or a torch device's name -> torch.device that has been seen to compute."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL and OURS:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         device = torch.device("cuda" if name == "auto" else name)
         torch.ones(2, device=device).exp().sum().item()  # a GPU may be listed and yet too old (or new) for this torch

@@ -4,7 +4,7 @@
     ascend      E_Q f(y) - E_P E_{pi_f(.|x)} f(y)           Algorithm 1 of Mokrov et al., ICLR 2024
     f = the exact potential of the Gaussian problem with the same means and covariances + ResNet
 
-    python train_cmnist.py --eps 0.1    25 minutes on one CPU core, 1.1 GiB (43 TFLOP: minutes on any GPU), then 0.2 s
+    python train_cmnist.py --eps 0.1    27 minutes on one CPU core, 1.1 GiB (43 TFLOP: minutes on any GPU), then 0.2 s
                                         a translation.  Downloads MNIST to data/ beside the script if it is not there
     python train_cmnist.py --smoke      the same path in seconds, on synthetic digits unless --data has real ones
 

@@ -492,7 +492,7 @@ def start_chains(x):
 
 def sample_plan(x, per_x=1, steps=SAMPLE_STEPS, chains=None):
     """y ~ pi_f(.|x): (n, D) -> (n, per_x, D), from `chains` chains for each x (default per_x), several y from each."""
-    if not bank.use_net:
+    if not use_net:
         return mixture.sample(x.repeat_interleave(per_x, 0)).view(len(x), per_x, DIM)
     chains, out = min(chains or per_x, per_x), []
     for x_part in x.repeat_interleave(chains, 0).split(2 ** 11):
@@ -525,7 +525,7 @@ opt = torch.optim.Adam(net.parameters(), lr=LR, betas=BETAS, fused=True)
 chains_x = batch(x_train, CHAINS)
 zero = torch.zeros(())
 bank = common.Bank(chains_x, start_chains(chains_x), eta=ladder / 20, best=zero, best_step=zero, gain=zero, error=zero,
-                   effective=zero + 1, use_net=zero, history=torch.zeros(STEPS // LOG_EVERY, 2),
+                   effective=zero + 1, history=torch.zeros(STEPS // LOG_EVERY, 2),
                    tried=torch.tensor(tried + [0.0] * (len(COMPONENTS) - len(tried)))).to(device)
 
 parts = {"base": base, "mixture": mixture, "net": net, "net_avg": net_avg, "net_best": net_best, "opt": opt,
@@ -558,15 +558,13 @@ for step in run.steps():
             bank.best, bank.best_step = torch.maximum(bank.best, bank.gain), zero.to(device) + step
         run.total = step if given_up() else run.total
     if run.due():
-        if run.last:
-            with torch.random.fork_rng([device] if device.type == "cuda" else []):  # as if a stopped run were not
-                bank.gain, bank.error, bank.effective = net_gain(net_best, 4 * GAIN_STEPS)
-            of_mixture, error = gain_of(mixture, base)
-            better = bank.gain - of_mixture > 2 * (bank.error ** 2 + error ** 2) ** 0.5
-            bank.use_net = (better & (bank.effective > TRUSTED)).float()
         run.log({"gap": 1e3 * SCALE, "y": 1e3, "max_param": 1e3}, gap=gap, y=y[:, 0].norm(dim=1).mean(),
                 accept=accepted.mean(), exchange=exchanged.sum() / max(RUNGS - 1, 1), max_param=common.max_param(net),
                 gain=UNIT ** 2 * bank.gain, effective=bank.effective)
+
+gain, error, effective = net_gain(net_best, 4 * GAIN_STEPS) if run.step else (zero, zero, zero)
+of_mixture, mixture_error = gain_of(mixture, base)
+use_net = bool(effective > TRUSTED and gain - of_mixture > 2 * math.hypot(error, mixture_error))
 
 # ---------------------------------------------------------------------------------------------- scores
 
@@ -614,11 +612,11 @@ cost = UNIT ** 2 * common.quadratic_cost(test_x, pushed).mean() + (center_x - ce
 scores = {"energy": UNIT * energy, "energy_4x": UNIT * energy_4x, "energy_floor": UNIT * energy_floor,
           "energy_ratio": energy / energy_floor, "sw2": UNIT ** 2 * sw2, "sw2_4x": UNIT ** 2 * sw2_4x,
           "sw2_floor": UNIT ** 2 * sw2_floor, "cost": cost}
-value = base.objective(x_held, y_held) + bank.gain if bank.use_net else mixture.objective(x_held, y_held)
+value = base.objective(x_held, y_held) + gain if use_net else mixture.objective(x_held, y_held)
 scores |= {"objective": UNIT ** 2 * value, "gain": UNIT ** 2 * (value - base.objective(x_held, y_held)),
-           "effective": bank.effective if bank.use_net else 1.0, "net": bank.use_net}
+           "effective": effective if use_net else 1.0, "net": use_net}
 scores = {k: float(v) for k, v in scores.items()}
-if bank.use_net and abs(scores["energy_4x"] - scores["energy"]) > 0.5 * scores["energy_floor"]:
+if use_net and abs(scores["energy_4x"] - scores["energy"]) > 0.5 * scores["energy_floor"]:
     print("warning: chains of SAMPLE_STEPS have not converged (energy against energy_4x): raise it, and --resume")
 if pair:
     chains_each = 32 if kind == "rolls" else None
@@ -655,10 +653,12 @@ else:
     count = int((bank.tried != 0).sum())
     axes[3].semilogx(COMPONENTS[:count], UNIT ** 2 * bank.tried[:count].cpu(), "o-")
     axes[3].axvline(K, c="0.7", ls=":")
-axes[3].set(title="dual objective on held-out points", xlabel="steps of the net" if seen.any() else "components (chosen: dotted)")
-plan = "the net" if bank.use_net else f"a mixture of {K}"
-fig.suptitle(f"{label.encode(errors='replace').decode()}, {DIM} dimensions, eps = {eps_given:g}: plan of {plan}, "
-             f"cost {scores['cost']:.4g}, {run.step} steps, {run.seconds:.0f} s", parse_math=False)  # file names are any bytes
+axes[3].set(title="dual objective on held-out points",
+            xlabel="steps of the net" if seen.any() else "components (chosen: dotted)")
+plan = "the net" if use_net else f"a mixture of {K}"
+shown_label = label.encode(errors="replace").decode()  # file names may hold any bytes
+fig.suptitle(f"{shown_label}, {DIM} dimensions, eps = {eps_given:g}: plan of {plan}, "
+             f"cost {scores['cost']:.4g}, {run.step} steps, {run.seconds:.0f} s", parse_math=False)
 common.save_figure(fig, name + ".png")
 print(f"wrote {name}.png and {name}.pt")
 print(f"final eps {eps_given:g} dim {DIM} seed {SEED} components {K} " +
