@@ -358,10 +358,11 @@ def gaussian_map(S0, S1, eps):
 
 def moments(z, weights):
     """Means over a sample z (n, D) of w_k, w_k z, w_k z z^T, weights (n, K): [(K,), (K, D), (K, D, D)], float64."""
-    second, rows = 0.0, max(1, 2 ** 20 // (weights.shape[1] * z.shape[1]))  # parts that fit the cache
+    sums, rows = [0.0] * 3, max(1, min(256, 2 ** 20 // (weights.shape[1] * z.shape[1])))  # parts that fit the cache
     for part, w in zip(z.split(rows), weights.split(rows)):
-        second = second + ((w.T[:, None] * part.T) @ part).double()
-    return [m.double() / len(z) for m in (weights.sum(0), weights.T @ z, second)]
+        new = w.sum(0), w.T @ part, (w.T[:, None] * part.T) @ part
+        sums = [a + b.double() for a, b in zip(sums, new)]  # many terms in float32 would lose digits
+    return [a / len(z) for a in sums]
 
 
 def squared_norms(y, A, shift):
@@ -371,16 +372,24 @@ def squared_norms(y, A, shift):
     return torch.cat([torch.baddbmm(shift, part.expand(len(A), -1, -1), A, beta=-1).square().sum(0) for part in parts])
 
 
+def widened(S, second):
+    """Covariances S (..., D, D), those that float32 left without full rank widened by what it can tell: equal points,
+    constant columns and values of a grid are no error.  second: E z z^T, of which S is what the mean leaves."""
+    least = 4e-6 * torch.linalg.matrix_norm(second)[..., None, None] + 1e-12
+    least = least * torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
+    return S + 2 * least * (torch.linalg.cholesky_ex(S - least)[1] > 0)[..., None, None]
+
+
 def centred(moments, prior):
     """moments -> mass (K,), mean (K, D), covariance (K, D, D).  A covariance is shrunk to the pooled one as by a share
     `prior` of the sample in more points, and that one to its diagonal: defined for few points, or none, too."""
     mass = moments[0].clamp_min(1e-9)
     mean = moments[1] / mass[:, None]
-    S = moments[2] / mass[:, None, None] - mean[:, :, None] * mean[:, None]
-    pooled = (mass[:, None, None] * S).sum(0) / mass.sum()
-    diagonal = pooled.diag() + 1e-6 * pooled.diag().mean() + 1e-12  # constant columns are no error
-    pooled = pooled.lerp(diagonal.diag(), prior / (1 + prior))
-    return mass, mean, S.lerp(pooled.expand_as(S), (prior / (mass + prior))[:, None, None])
+    second = moments[2] / mass[:, None, None]
+    S = second - mean[:, :, None] * mean[:, None]
+    pooled = widened((mass[:, None, None] * S).sum(0) / mass.sum(), moments[2].sum(0) / mass.sum())
+    pooled = pooled.lerp(pooled.diag().diag(), prior / (1 + prior))
+    return mass, mean, widened(S.lerp(pooled.expand_as(S), (prior / (mass + prior))[:, None, None]), second)
 
 
 class Mixture(nn.Module):

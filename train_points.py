@@ -358,6 +358,8 @@ class Rolls:
 
 # ---------------------------------------------------------------------------------------------- standardised data
 
+if args.files and args.pair:
+    common.fail(f"--pair {args.pair} and files: name one or the other")
 if args.files:
     pair, (X, Y, label) = None, read_files()
 else:
