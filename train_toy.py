@@ -3,8 +3,8 @@
     pi_f(y|x) = exp((f(y) - |x-y|^2/2) / eps) / Z(x)           sampled by Langevin with Metropolis, and by jumps
     ascend      E_Q f(y) - E_P E_{pi_f(.|x)} f(y)              Algorithm 1 of Mokrov et al., ICLR 2024
 
-    python train_toy.py --eps 0.001      90 s on two CPU cores, 40 s of them training, 0.9 GiB; three minutes the first
-                                         time, when the references are solved (eps 0.1: two minutes, 1.4 GiB)
+    python train_toy.py --eps 0.001      17 s on two CPU cores, 9 s of them training, 0.9 GiB; two minutes the first
+                                         time, when the references are solved (eps 0.1: 40 s, 1.4 GiB)
     python train_toy.py --smoke          the same path in seconds
 
 Writes beside itself (or under --out) toy_eps0.001_seed0.pt, which --resume carries on from, and the figure (.png).  The
@@ -235,7 +235,7 @@ def target_batch():
 
 def jump(f, x, y, y_pos, log_p=None):
     """To one of many proposals around the target samples y_pos and, wide, around some sources -> y, moved fraction."""
-    centres = torch.cat([y_pos, bank.x[bank.rows(N_WIDE_PROPOSALS)]])
+    centres = torch.cat([y_pos, bank.x[common.stratified_rows(CHAINS, N_WIDE_PROPOSALS, device)]])
     return common.jump(f, x, y, centres, proposal_sigma, EPS, log_p)
 
 
