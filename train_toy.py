@@ -33,6 +33,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import ot
 import torch
+from matplotlib.collections import LineCollection
 
 args = common.arguments(__doc__, __file__, eps=0.1)
 device = args.device
@@ -320,8 +321,8 @@ axes[0, 0].set(title="source x ~ P (colour: angle)", **limits)
 axes[0, 1].scatter(*fresh[0].T, s=3, c="0.7", label="target Q")
 axes[0, 1].scatter(*pushed.T, s=3, c=hue, cmap="hsv", label="y ~ $\\pi_f(y|x)$")
 axes[0, 1].set(title=f"learned transport of the same x (marg_ratio {marg_ratio:.2f})", **limits)
-for x_y in torch.stack([marginal_x, pushed], 1)[:300]:
-    axes[0, 2].plot(*x_y.T, c="0.6", lw=0.4)
+lines = torch.stack([marginal_x, pushed], 1)[:300].numpy()
+axes[0, 2].add_collection(LineCollection(lines, colors="0.6", linewidths=0.4))
 axes[0, 2].scatter(*marginal_x[:300].T, s=4, c="tab:blue", label="x")
 axes[0, 2].scatter(*pushed[:300].T, s=4, c="tab:red", label="y")
 axes[0, 2].legend(loc="upper right")
