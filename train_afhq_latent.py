@@ -6,10 +6,12 @@
     f(z)        scale net(sqrt(512) z/|z|) - eps |z|^2/2, so that pi_f(z|x) ~ N(z; 0, I) exp((scale net - c)/eps) is a
                 probability law from the start; G sees only the direction of z, and net needs no more
     ascend      E_Q f(z) - E_P E_{pi_f(.|x)} f(z)              Algorithm 1 of Mokrov et al., ICLR 2024
+    sample      a chain starts hot at a latent of a pool, cools to eps by Hamiltonian Monte Carlo, and ends at age LIFE:
+                the same in training, NEW of them a step, and for new images, to which the law N(0, I) so carries over
 
-    python train_afhq_latent.py --source cat --data afhq --generator afhqdog.pkl     15 h on a GTX 1080 Ti, by count
-    python train_afhq_latent.py --check      the same code on a made-up generator of 32 latents, against discrete OT:
-                                             M minutes on one CPU core, G GiB; --eps 0.001 is as hard as the real files
+    python train_afhq_latent.py --source cat --data afhq --generator afhqdog.pkl     by count 15 h on a GTX 1080 Ti
+    python train_afhq_latent.py --check      the same code on a made-up generator of shapes, against discrete OT: MMM
+                                             minutes on one CPU core, GGG GiB; --eps 0.001: c/eps as of the real files
     python train_afhq_latent.py --smoke      the same path in seconds
 
 --data: AFHQ as the stargan-v2 project released it (v1: train/cat/*.jpg, val/cat/...; v2: test/cat/...), or any folder
@@ -17,21 +19,13 @@ of images, of which every tenth is then held out.  --generator: afhqdog.pkl of N
 Writes beside itself (or under --out) afhq_cat_eps1_seed0.pt, which --resume carries on from, and a figure (.png), each
 row a source and five translations.  --translate DIR also writes the held-out images' translations, for eval_fid.py.
 
-Sampler: c/eps is near 10^4, and pi_f(.|x) is narrow, with many modes.  A chain starts at a latent of a pool, hot; it
-cools to eps while it moves, by Hamiltonian Monte Carlo, and ends at age LIFE.  Each step starts NEW chains for new
-sources.  Translations of new images are made in just that way, so f learns to give them, too, the law N(0, I).
+Not yet run on the official files.  By count a step is 55 TFLOP: 4 000 steps and the scores take 15.5 h at 4.4 TFLOP/s
+(40 % of a GTX 1080 Ti) or 2 h at 33 (40 % of an RTX 4090), and 5 GB.  In the first ten minutes look at the log: FIRST
 
-Not yet run on the official files.  By count a step is 27 TFLOP: 8 000 steps and the scores take 15.5 h at 4.4 TFLOP/s
-(40 % of a GTX 1080 Ti), 2 h at 33 TFLOP/s (40 % of an RTX 4090), and 5 GB.  In the first ten minutes the log should
-say: accept 0.6 to 0.8; eta_cold falls, then stays; after LIFE steps cost is below the pool's (the line before);
-ks falls steadily, as far as the number of ended chains lets it; var 0.9 to 1.1; max_param below 1.
-
-The scores, of translations of the held-out images:
-    cost               mean c; independent_cost: with latents drawn regardless of x
-    latent_...         var, square and ks: 1, 1 and exact_ks if the latents are N(0, I)
-    discrete_cost      mean c of POT's entropic plan between these images and as many latents; assigned_cost: of the
-                       cheapest pairing
-    zero_...           the same with nothing learned, net = 0 (--check, --smoke)
+Scores, of translations of the held-out images: cost, mean c; latent_var, _square and _ks, which are 1, 1 and exact_ks
+where latents are N(0, I); zero_..., the same with nothing learned, net = 0 (--check, --smoke).  Beside it the mean c of
+POT's entropic plan between these images and as many latents (discrete_cost), of the cheapest pairing (assigned_cost)
+and of latents drawn regardless of x (independent_cost).
 """
 import common  # first, so that Ctrl-C during the slow imports below ends without a traceback
 
@@ -66,8 +60,8 @@ warnings.filterwarnings("ignore", module="PIL")  # of transparency, which is dro
 # ---------------------------------------------------------------------------------------------- constants
 EPS, SEED = args.eps, args.seed
 SIDE = 128               # of the images the cost sees: half the arithmetic of 512, a quarter of its memory
-STEPS = 8000             # Adam steps
-NEW, LIFE, COOL = 2, 16, 8  # chains started per step; trajectories of a chain; of these, those while it cools to EPS
+STEPS = 4000             # Adam steps
+NEW, LIFE, COOL = 4, 16, 8  # chains started per step; trajectories of a chain; of these, those while it cools to EPS
 HOT = 0.05               # temperature of the start, over the mean least cost between a source and the pool
 LEAP, ETA, ACCEPT = 6, 0.15, 0.7  # steps of a trajectory, their size at HOT at first, the accepted share it is led to
 CHUNK = 32               # latents that G takes at once: bounds the memory
@@ -75,20 +69,26 @@ POOL = 2048              # latents whose images are kept: chains start from them
 WIDTH, DEPTH = 512, 3    # of net
 SCALE = 0.05             # of net, over the spread between latents of their mean cost: what net has to make up for
 LR, BETAS, WARMUP = 3e-4, (0.9, 0.99), 50  # of Adam; rises in WARMUP steps, then falls to 0 by a cosine
-EMA_DECAY = 0.998        # of the weights, per step
-ENDED = 1024             # chains that ended last, whose latents the log compares with N(0, I)
+EMA_DECAY, ENDED = 0.998, 1024  # of the weights, per step; chains that ended last, on whose latents the log has ks
 PER_IMAGE = 4            # translations of each held-out image
 MAX_PIXELS = 50_000_000  # of one image: a file of kilobytes can unpack to gigabytes, and several are read at once
 if args.check:
     SIDE, STEPS, NEW, CHUNK, WIDTH, PER_IMAGE = 16, 2400, 8, 128, 256, 1
 if args.smoke:
     SIDE, STEPS, LIFE, COOL, LEAP, CHUNK, WIDTH, POOL, ENDED = 16, 12, 4, 2, 2, 4, 16, 32, 8
-LOG_EVERY = max(1, STEPS // (200 if STEPS > 5000 else 12))
+LOG_EVERY = STEPS // 12
 CONSTANTS = common.constants_of(globals())
 
 made_up = args.check or args.smoke
 name = f"afhq_{'check' if args.check else args.source}_eps{EPS:g}_seed{SEED}{'_smoke' * args.smoke}"
 name = os.path.join(args.out, name)
+
+
+def make_folder(path):
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        common.fail(f"the folder {path} cannot be made ({error.strerror}): name one that you can write to")
 
 
 def write_png(path, image):
@@ -97,53 +97,24 @@ def write_png(path, image):
     return common.write_aside(path, lambda file: Image.fromarray(data).save(file, "png"))
 
 
-# ---------------------------------------------------------------------------------------------- --check and --smoke only
-
-class Shapes(torch.nn.Module):
-    """In G's place: a square and a disc before a shaded background, (N, 32) -> (N, 3, side, side), about [-1, 1].
-    A random mapping network turns the direction of z into 33 numbers of about N(0, 1) each, which the image shows."""
-    z_dim, img_resolution = 32, 32
-
-    def __init__(self):
-        super().__init__()
-        self.mapping = stylegan2.random_generator(32, 64, 4, 4, 1, num_layers=2).mapping
-        generator = torch.Generator().manual_seed(0)
-        read = torch.linalg.qr(torch.randn(64, 33, generator=generator))[0]
-        numbers = self.mapping(torch.randn(4096, 32, generator=generator))[:, 0] @ read
-        self.register_buffer("read", read / numbers.std(0))
-        self.register_buffer("mean", (numbers / numbers.std(0)).mean(0))
-
-    def forward(self, z, resolution=32, fp16=None):
-        shades, *shapes = (self.mapping(z)[:, 0] @ self.read - self.mean)[..., None].split((15, 9, 9), 1)
-        at = torch.linspace(-1, 1, 2 * resolution + 1, device=z.device)[1::2]
-        v, u = (grid.flatten() for grid in torch.meshgrid(at, at, indexing="ij"))
-        image = 0.15 * shades.view(-1, 3, 5) @ torch.stack([torch.ones_like(u), u, v, u * v, u * u - v * v])
-        for distance, number in zip((lambda x, y: torch.maximum(x.abs(), y.abs()), torch.hypot), shapes):
-            x, y, size, colour, shade = number.split((1, 1, 1, 3, 3), 1)
-            x, y = u - 0.35 * x, v - 0.35 * y
-            inside = 0.4 * (0.3 * size).exp() - distance(x, y)  # (N, 1, pixels)
-            image = image.lerp(0.8 * (0.8 * colour).tanh() + 0.7 * shade * x, (inside / 0.05).sigmoid())
-        return image.unflatten(2, (resolution, resolution))
-
+# --------------------------------------------------------------------------------------- only for --check and --smoke
 
 @torch.no_grad()
 def make_up(folder, hidden, held_out):
     """-> the generator.  Writes images of it, with noise, as PNG files in AFHQ's layout, so many to learn from and so
     many held out.  Their latents are Gaussian, but shifted by about 0.8 and scaled by 0.5 to 2 along every axis."""
-    G, generator = Shapes(), torch.Generator().manual_seed(0)
+    G, generator = stylegan2.Shapes(), torch.Generator().manual_seed(0)
     if args.resume and os.path.isdir(folder):
         return G
     for split in ("train", "val"):
-        os.makedirs(os.path.join(folder, split, args.source), exist_ok=True)
+        make_folder(os.path.join(folder, split, args.source))
     shift = 0.8 * torch.randn(32, generator=generator)
     z = torch.randn(hidden + held_out, 32, generator=generator) * torch.linspace(-0.7, 0.7, 32).exp() + shift
-    for i, part in enumerate(z.split(256)):
-        x = (G(part) + 1) / 2
-        for k, image in enumerate(x + 0.05 * torch.randn(x.shape, generator=generator), 256 * i):
-            path = os.path.join(folder, "train" if k < hidden else "val", args.source, f"{k:05d}.png")
-            problem = write_png(path, image)
-            if problem:
-                common.fail(f"{problem}: free some space or name another --out")
+    x = torch.cat([(G(part) + 1) / 2 for part in z.split(256)])
+    for k, image in enumerate(x + 0.05 * torch.randn(x.shape, generator=generator)):
+        path = os.path.join(folder, "train" if k < hidden else "val", args.source, f"{k:05d}.png")
+        if problem := write_png(path, image):
+            common.fail(f"{problem}: free some space or name another --out")
     return G
 
 
@@ -212,17 +183,14 @@ def decode(path, side=None):
 
 train, held_out = list_images()
 if args.translate:
-    try:
-        os.makedirs(args.translate, exist_ok=True)
-    except OSError as error:
-        common.fail(f"--translate {args.translate} cannot be made ({error.strerror}): name one that you can write to")
+    make_folder(args.translate)
 print(f"decoding {len(train)} sources and {len(held_out)} held-out images")
 with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
     try:
-        pixels = torch.from_numpy(np.stack(list(threads.map(decode, train + held_out))))  # (n, SIDE, SIDE, 3)
+        pixels = torch.from_numpy(np.stack(list(threads.map(decode, train + held_out)))).to(device)
     except ValueError as error:
         common.fail(str(error))
-CONSTANTS["IMAGES"] = hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:16]  # resumed with these only
+CONSTANTS["IMAGES"] = hashlib.sha256(pixels.cpu().numpy().tobytes()).hexdigest()[:16]  # resumed with these only
 
 
 # ---------------------------------------------------------------------------------------------- cost
@@ -249,8 +217,8 @@ def images(z):
 
 
 def photographs(rows):
-    """Row numbers of pixels, on the CPU -> images (n, 3 SIDE SIDE), in [0,1] less pool_mean."""
-    return pixels[rows].to(device).permute(0, 3, 1, 2).flatten(1).float() / 255 - pool_mean
+    """Row numbers of pixels -> images (n, 3 SIDE SIDE), in [0,1] less pool_mean."""
+    return pixels[rows].permute(0, 3, 1, 2).flatten(1).float() / 255 - pool_mean
 
 
 def cost(x, z):
@@ -269,7 +237,7 @@ pool = torch.randn(POOL, D, generator=torch.Generator().manual_seed(SEED)).to(de
 pool_images = images(pool)
 pool_mean = pool_images.mean(0)  # taken off every image from here on: less cancels in the matrix product of costs()
 pool_images -= pool_mean
-to_pool = costs(photographs(torch.arange(0, len(train), 1 + len(train) // 512)), pool_images)
+to_pool = costs(photographs(slice(0, len(train), 1 + len(train) // 512)), pool_images)
 hot = max(EPS, HOT * to_pool.amin(1).mean().item())
 temperatures = EPS * (hot / EPS) ** (1 - torch.arange(LIFE, device=device) / COOL).clamp(min=0)  # of chains, by age
 print(f"a source costs {to_pool.mean():.4g} at a latent of the pool, {to_pool.amin(1).mean():.4g} at the nearest; "
@@ -291,15 +259,6 @@ class Potential(torch.nn.Module):
         return self.scale * self.net(z * (D / square).sqrt()[:, None]) - EPS * square / 2
 
 
-def log_p_and_grad(f, x, z, temperature):
-    """log N(z; 0, I) exp((scale net - c)/temperature) up to a constant (B,), its gradient (B, D); that of pi_f at EPS."""
-    parts = []
-    for x, z, temperature in zip(*(values.split(CHUNK) for values in (x, z, temperature))):
-        f_hot = lambda z: f(z) + (EPS - temperature) * z.square().sum(1) / 2
-        parts.append(common.log_p_and_grad(f_hot, x, z, temperature, cost))
-    return [torch.cat(values) for values in zip(*parts)]
-
-
 @torch.no_grad()
 def start(f, x):
     """Chains for x (B, 3 SIDE SIDE): to each a latent of the pool, drawn by its weight at the hot temperature."""
@@ -309,16 +268,18 @@ def start(f, x):
 
 @torch.no_grad()
 def trajectory(f, x, z, temperature, eta):
-    """Hamiltonian Monte Carlo: LEAP leapfrog steps per chain, then Metropolis' test, exact for any eta.  In narrow
-    valleys momentum gets as far in n steps as Langevin in n^2.  The length of z, which G does not see, is drawn afresh.
-    temperature, eta (B,) -> z (B, D), accepted (B,)."""
-    log_p, grad = log_p_and_grad(f, x, z, temperature)
+    """Hamiltonian Monte Carlo on N(z; 0, I) exp((scale net - c)/temperature), which at EPS is pi_f(.|x): LEAP leapfrog
+    steps per chain, then Metropolis' test, exact for any eta.  In narrow valleys momentum gets as far in n steps as
+    Langevin in n^2.  The length of z, which G does not see, is drawn afresh.
+    x (B, 3 SIDE SIDE), z (B, D), temperature, eta (B,) -> z (B, D), accepted (B,)."""
+    f_hot = lambda z: f(z) + (EPS - temperature) * z.square().sum(1) / 2
+    log_p, grad = common.log_p_and_grad(f_hot, x, z, temperature, cost)
     momentum, new, eta = torch.randn_like(z), z, eta[:, None]
     log_ratio = momentum.square().sum(1) / 2 - log_p
     for _ in range(LEAP):
         momentum = momentum + eta / 2 * grad
         new = new + eta * momentum
-        log_p, grad = log_p_and_grad(f, x, new, temperature)
+        log_p, grad = common.log_p_and_grad(f_hot, x, new, temperature, cost)
         momentum = momentum + eta / 2 * grad
     log_ratio += log_p - momentum.square().sum(1) / 2
     taken = torch.rand_like(log_p).log() < log_ratio  # nan compares False: a broken proposal is refused
@@ -330,9 +291,9 @@ def trajectory(f, x, z, temperature, eta):
 def translate(f, rows):
     """For the photographs in these rows, by what chains do in training -> z ~ pi_f(.|x) (n, D), their mean cost."""
     out, total = [], 0.0
-    for i, part in enumerate(rows.split(2 * CHUNK)):
+    for i, part in enumerate(rows.split(CHUNK)):
         if i % 8 == 7:
-            print(f"translated {i * 2 * CHUNK}/{len(rows)}  {common.peak_mib(device):.0f} MiB")
+            print(f"translated {i * CHUNK}/{len(rows)}  {common.peak_mib(device):.0f} MiB")
         x = photographs(part)
         z = start(f, x)
         for age in range(LIFE):
@@ -343,11 +304,6 @@ def translate(f, rows):
 
 
 # ---------------------------------------------------------------------------------------------- scores
-
-def assigned(cost_matrix):
-    """The pairing of least total cost: row i gets column [i] of this."""
-    return torch.from_numpy(linear_sum_assignment(cost_matrix.cpu().numpy())[1])
-
 
 def discrete_plan_cost(cost_matrix):
     """Cost of the discrete entropic plan at EPS (POT, eps halved down to it), and its marginal error, L1."""
@@ -375,43 +331,51 @@ def normality_stats(z):
 
 f, f_avg = (Potential(SCALE * to_pool.mean(0).std()).to(device) for _ in range(2))
 f_avg.load_state_dict(f.state_dict())
-order = torch.randperm(len(train))  # of the sources: in turn, so that none is seen more often than another
 opt = torch.optim.Adam(f.net.parameters(), lr=LR, betas=BETAS)
+order = torch.randperm(len(train), device=device)  # of the sources: in turn, so that none is seen more than another
+# NEW lanes of chains, LIFE in each, by age: in a step all grow older by one trajectory, one starts and one ends
 bank = common.Bank(torch.zeros(NEW * LIFE, 3 * SIDE ** 2), torch.zeros(NEW * LIFE, D), ended=torch.zeros(ENDED, D),
-                   eta=ETA * (temperatures / hot).sqrt()).to(device)  # by age: NEW rows start in a step, as many end
-temperature, cold = temperatures.repeat_interleave(NEW), NEW * COOL
+                   eta=ETA * (temperatures / hot).sqrt()).to(device)
 
 run = common.Run(args, f"{name}.pt", {"f": f, "f_avg": f_avg, "opt": opt, "bank": bank}, STEPS, LOG_EVERY, CONSTANTS)
 if not args.resume:
-    bank.x = photographs(common.stratified_rows(len(train), NEW * LIFE))
+    bank.x = photographs(common.stratified_rows(len(train), NEW * LIFE, device))
     bank.y = start(f, bank.x)
 for step in run.steps():
     opt.param_groups[0]["lr"] = common.warm_cosine(LR, step, WARMUP, STEPS)
-    x = photographs(order[(torch.arange(NEW) + NEW * step) % len(order)])
-    bank.ended = torch.cat([bank.y[-NEW:], bank.ended[:-NEW]])
-    bank.x, z = torch.cat([x, bank.x[:-NEW]]), torch.cat([start(f, x), bank.y[:-NEW]])
-    bank.y, accepted = trajectory(f, bank.x, z, temperature, bank.eta.repeat_interleave(NEW))
-    bank.eta *= torch.exp(0.03 * (accepted.view(LIFE, NEW).mean(1) - ACCEPT))
-    gap = common.train_step(f, opt, torch.randn(2 * len(z), D, device=device), bank.y[cold:])
+    rows = bank.rows(NEW * LIFE)  # all that are this process's
+    x, z = bank.x[rows].unflatten(0, (-1, LIFE)), bank.y[rows].unflatten(0, (-1, LIFE))
+    bank.ended = torch.cat([z[:, -1], bank.ended[:-len(z)]])
+    sources = photographs(order[(NEW * step + rows[::LIFE] // LIFE) % len(order)])
+    x = torch.cat([sources[:, None], x[:, :-1]], 1).flatten(0, 1)
+    z = torch.cat([start(f, sources)[:, None], z[:, :-1]], 1).flatten(0, 1)
+    chains = x, z, temperatures.repeat(len(sources)), bank.eta.repeat(len(sources))
+    parts = zip(*(values.split(CHUNK) for values in chains))
+    z, accepted = (torch.cat(values) for values in zip(*(trajectory(f, *part) for part in parts)))
+    bank.x[rows], bank.y[rows] = x, z
+    accepted = accepted.unflatten(0, (-1, LIFE)).mean(0)
+    bank.eta *= torch.exp(0.03 * (accepted - ACCEPT))
+    cold = z.unflatten(0, (-1, LIFE))[:, COOL:].flatten(0, 1)
+    gap = common.train_step(f, opt, torch.randn(2 * len(z), D, device=device), cold)
     common.update_ema(f_avg, f, EMA_DECAY, step)
     if run.due():
         run.log({"gap": 1e3, "max_param": 1e3}, gap=gap / f.scale, **normality_stats(bank.ended[:NEW * step]),
-                cost=cost(bank.x[cold:], bank.y[cold:]).mean(), accept=accepted[cold:].mean(), eta_hot=bank.eta[0],
+                cost=cost(x, z)[LIFE - 1::LIFE].mean(), accept=accepted.mean(), eta_hot=bank.eta[0],
                 eta_cold=bank.eta[-1], max_param=common.max_param(f.net))
 
 
 # ---------------------------------------------------------------------------------------------- results
 
-test_rows = torch.arange(len(train), len(train) + len(held_out)).repeat_interleave(PER_IMAGE)
+test_rows = torch.arange(len(train), len(train) + len(held_out), device=device).repeat_interleave(PER_IMAGE)
 translations, mean_cost = translate(f_avg, test_rows)
 scores = {"cost": mean_cost, **{f"latent_{k}": v.item() for k, v in normality_stats(translations).items()}}
 
-scored = test_rows[torch.randperm(len(test_rows))[:2000]]
+scored = test_rows[torch.randperm(len(test_rows), device=device)[:2000]]
 matrix = costs(photographs(scored), images(torch.randn(len(scored), D, device=device))).double().cpu()
 scores["discrete_cost"], marginal_error = discrete_plan_cost(matrix)
 if marginal_error > 0.01:
     print(f"warning: the discrete entropic plan has not converged (marginal error {marginal_error:.2g})")
-scores["assigned_cost"] = matrix[torch.arange(len(matrix)), assigned(matrix)].mean().item()
+scores["assigned_cost"] = matrix[linear_sum_assignment(matrix)].mean().item()
 scores["independent_cost"] = matrix.mean().item()
 scores["exact_ks"] = normality_stats(torch.randn_like(translations))["ks"].item()
 
@@ -429,8 +393,7 @@ print(f"warning: {problem}: free some space, then --resume" if problem else f"wr
 for i, z in enumerate(translations.split(1) if args.translate else ()):
     number, copy = divmod(i, PER_IMAGE)
     stem = os.path.splitext(os.path.basename(held_out[number]))[0][:50]  # the number keeps a.jpg and a.png apart
-    problem = write_png(os.path.join(args.translate, f"{number:05d}_{stem}_{copy}.png"), full_images(z)[0])
-    if problem:
+    if problem := write_png(os.path.join(args.translate, f"{number:05d}_{stem}_{copy}.png"), full_images(z)[0]):
         common.fail(f"{problem}: free some space, then --resume with --translate again")
 
 print(f"final eps {EPS:g} " + " ".join(f"{k} {v:.4g}" for k, v in scores.items()) + f" train_s {run.seconds:.1f}",
