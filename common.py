@@ -22,6 +22,8 @@ if OURS and threading.current_thread() is threading.main_thread():
 
 import argparse
 import atexit
+import contextlib
+import datetime
 import math
 import time
 import zipfile
@@ -29,7 +31,7 @@ import zipfile
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # CPU threads spin for ms by default: ten times slower on busy cores
 
 import torch
-from torch import nn
+from torch import distributed, nn
 import torch.nn.functional as F
 
 sys.excepthook = lambda kind, *rest: None if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)
@@ -286,10 +288,12 @@ def proxy_loss(f, y_pos, y_neg):
 
 
 def train_step(f, opt, y_pos, y_neg):
-    """One step of ascent on L(f): -> the gap E_Q f - E_{pi_f} f (0-dim tensor, on the device)."""
+    """One step of ascent on L(f): -> the gap E_Q f - E_{pi_f} f (0-dim tensor, on the device).  Under torchrun the
+    samples are this process's share, the step is that of all processes' samples together."""
     loss = proxy_loss(f, y_pos, y_neg)
     opt.zero_grad(set_to_none=True)
     loss.backward()
+    average_gradients(f)
     opt.step()
     return -loss.detach()
 
@@ -340,8 +344,92 @@ class Bank(nn.Module):
         for name, value in {"x": x, "y": y, **sampler}.items():
             self.register_buffer(name, value.clone())
 
+    def stretch(self, rank):
+        """First and last + 1 of the chains that are this rank's."""
+        return (len(self.x) * k // ranks()[1] for k in (rank, rank + 1))
+
     def rows(self, n):
-        return stratified_rows(len(self.x), n, self.x.device)
+        """Row numbers of this process's share of n chains, spread evenly over its own: (n,) int64."""
+        low, high = self.stretch(ranks()[0])
+        return low + stratified_rows(high - low, share(n), self.x.device)
+
+    def gather(self):
+        """Bring all ranks' chains to all."""
+        for rank in range(ranks()[1]):
+            low, high = self.stretch(rank)
+            for chains in (self.x, self.y):
+                distributed.broadcast(chains[low:high], rank)
+
+
+# ------------------------------------------------------------------------------------------------ several processes
+# torchrun --nproc_per_node=N train_cmnist.py: every process has its stretch of the chains and its random stream, takes
+# its share of each batch, and gradients are averaged, so that a step is that of one process with the whole batch.
+
+def ranks():
+    """This process's number and how many train together: (0, 1) unless torchrun started it."""
+    together = distributed.is_available() and distributed.is_initialized()
+    return (distributed.get_rank(), distributed.get_world_size()) if together else (0, 1)
+
+
+def share(n):
+    """How many of a step's n samples are drawn by this process."""
+    return -(-n // ranks()[1])
+
+
+@contextlib.contextmanager
+def other_ranks():
+    """Around every call that waits for the other processes: where one of them has ended, end with a sentence."""
+    try:
+        yield
+    except RuntimeError as error:
+        fail(f"another process of this run has ended ({str(error).splitlines()[0][:100]}): the last checkpoint is "
+             f"kept, and --resume carries it on, with any number of processes")
+
+
+@contextlib.contextmanager
+def in_turn():
+    """Around what writes files that every process reads: the first process does it, then the others."""
+    rank, world = ranks()
+    for turn in ("others", "first"):
+        if world > 1 and (rank > 0) == (turn == "others"):
+            with other_ranks():
+                distributed.barrier()
+        if turn == "others":
+            yield
+
+
+@torch.no_grad()
+def average_gradients(f):
+    """Replace f's gradients by their mean over all processes, in one message."""
+    if ranks()[1] > 1:
+        grads = [p.grad for p in f.parameters() if p.grad is not None]
+        flat = torch.cat([grad.flatten() for grad in grads])
+        with other_ranks():
+            distributed.all_reduce(flat)
+        for grad, total in zip(grads, flat.split([grad.numel() for grad in grads])):
+            grad.copy_(total.view_as(grad) / ranks()[1])
+
+
+def started_by_torchrun():
+    return "LOCAL_RANK" in os.environ and int(os.environ["WORLD_SIZE"]) > 1
+
+
+def join_ranks(device):
+    """Join the other processes that torchrun has started; only the first one goes on printing."""
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    distributed.init_process_group(backend, timeout=datetime.timedelta(hours=1))  # the first may be downloading
+    if ranks()[0]:
+        sys.stdout = Console(open(os.devnull, "w"))
+
+
+def first_to_speak():
+    """Whether no other process of this run has said why it ended: one sentence is enough."""
+    try:
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])  # of a store that torchrun itself keeps
+        store = distributed.TCPStore(*address, is_master=False, timeout=datetime.timedelta(seconds=5))
+        return store.add("said", 1) == 1
+    except RuntimeError:
+        return True
 
 
 # ------------------------------------------------------------------------------------------------ a plan in closed form
@@ -497,7 +585,8 @@ def k_means(y, k, steps=20):
 
 def fail(sentence):
     """End with one sentence on stderr and exit code 2."""
-    print(f"error: {sentence}", file=sys.stderr, flush=True)
+    if not started_by_torchrun() or first_to_speak():
+        print(f"error: {sentence}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
@@ -559,6 +648,8 @@ def arguments(doc, script, eps=None, **more):
         reason = getattr(error, "strerror", "no name")
         fail(f"--out {args.out} cannot be made ({reason}): name a folder you can write to")
     args.device = pick_device(args.device)
+    if started_by_torchrun():
+        join_ranks(args.device)
     with open(script, encoding="utf-8") as file:
         args.code = file.read()
     torch.manual_seed(args.seed)
@@ -571,13 +662,16 @@ def pick_device(name):
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL and OURS:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        device = torch.device("cuda" if name == "auto" else name)
+        card = f"cuda:{os.environ['LOCAL_RANK']}" if started_by_torchrun() else "cuda"  # one for each process
+        device = torch.device(card if name in ("auto", "cuda") else name)
         torch.ones(2, device=device).exp().sum().item()  # a GPU may be listed and yet too old (or new) for this torch
         return device
     except Exception as error:  # a different one for each kind of device
         reason = (str(error).splitlines() or [type(error).__name__])[0]
     if name != "auto":
         fail(f"--device {name} does not work here ({reason}): leave it out or say --device cpu")
+    if torch.cuda.is_available() and started_by_torchrun():
+        fail(f"{card} does not work ({reason}): --nproc_per_node may be {torch.cuda.device_count()} at most here")
     if torch.cuda.is_available():
         print(f"this torch cannot use the GPU ({reason}), so on the CPU; README: GTX cards", flush=True)
     return torch.device("cpu")
@@ -667,13 +761,16 @@ class Run:
                 run.log({"gap": 1e3}, gap=gap, eta=bank.eta)
 
     parts: all that changes, modules and Adam optimisers.  constants: a dict, what a resumed run must share.
-    run.due() is asked once a step.  SIGINT or SIGTERM ends the loop after the step; a second one ends the process."""
+    run.due() is asked once a step.  SIGINT or SIGTERM ends the loop after the step; a second one ends the process.
+    Under torchrun the first process saves and goes on after the loop, where the others end."""
 
     def __init__(self, args, path, parts, total, log_every, constants, advice="lower LR or the sampler's step"):
         self.path, self.parts, self.total, self.log_every, self.constants = path, parts, total, log_every, constants
         self.device, self.code, self.advice, self.fresh = args.device, args.code, advice, not args.resume
         self.step, self.before, self.asked, self.last, self.saving = 0, 0.0, False, False, False
-        lock(path)
+        self.seed, (self.rank, self.world) = args.seed, ranks()
+        if not self.rank:
+            lock(path)
         if args.resume:
             self.load()
         self.first, self.start, self.end = self.step, time.perf_counter(), None
@@ -696,8 +793,8 @@ class Run:
             for name, part in self.parts.items():
                 load_part(part, state[name], self.step > 0)
             torch.set_rng_state(state["rng"][0])
-            if torch.cuda.is_available() and len(state["rng"]) == 1 + torch.cuda.device_count():
-                torch.cuda.set_rng_state_all(state["rng"][1:])
+            if self.device.type == "cuda" and len(state["rng"]) > 1:
+                torch.cuda.set_rng_state(state["rng"][1], self.device)
         except Exception as error:  # torch has one for each way to be damaged or foreign
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             fail(f"{self.path} is no checkpoint that this run could carry on ({reason[:300]}): "
@@ -705,7 +802,14 @@ class Run:
 
     def save(self):
         """Write all state: tensors and builtins only, so that weights_only=True loads it."""
-        generators = [torch.get_rng_state()] + (torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
+        if self.world > 1:
+            with other_ranks():
+                for bank in (part for part in self.parts.values() if isinstance(part, Bank)):
+                    bank.gather()
+        if self.rank:
+            return
+        cuda = self.device.type == "cuda"
+        generators = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(self.device)] if cuda else [])
         state = {"step": self.step, "seconds": self.seconds, "rng": generators, "constants": self.constants,
                  "code": self.code, **{name: part.state_dict() for name, part in self.parts.items()}}
         problem = write_aside(self.path, lambda file: torch.save(state, file), self.keep_old)
@@ -726,12 +830,14 @@ class Run:
             print(f"kept the earlier checkpoint as {self.path}.old (--resume would have carried it on)", flush=True)
 
     def ask(self, number, frame):
-        if self.asked:
+        if self.asked and self.world == 1:  # torchrun may send one Ctrl-C twice, and ends what lives 30 s longer
             raise SystemExit(128 + number)
         self.asked = True
 
     def steps(self):
         """Yield the number of each step left, from 1.  Saves before the first, after the last and where due() says."""
+        if self.world > 1:
+            self.part_ways()
         self.save()  # a full disk or a folder without permission shows now, not in an hour
         before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
         self.start = self.saved = time.perf_counter()
@@ -744,13 +850,40 @@ class Run:
         self.end = time.perf_counter()
         for number, handler in before.items():  # all is saved: from here on a signal ends the process at once
             signal.signal(number, handler)
+        if self.world > 1:
+            distributed.destroy_process_group()
+            if self.asked:
+                print(f"stopped at step {self.step}, saved: --resume goes on")
+            if self.rank or self.asked:  # torchrun would kill the scores of a run that was told to stop
+                raise SystemExit(0)
+
+    def part_ways(self):
+        """From the same state, the first process's, to a random stream for each."""
+        with other_ranks():
+            for part in self.parts.values():
+                for tensor in part.state_dict().values() if isinstance(part, nn.Module) else ():
+                    distributed.broadcast(tensor, 0)
+        if self.rank:
+            torch.manual_seed((self.seed + 2 ** 32 * (self.rank + self.world * self.step)) % 2 ** 63)
+
+    def agree(self, late):
+        """Of all processes: stop if one was told to; the first one's clock and total decide the rest."""
+        said = [self.asked, *((0, 0) if self.rank else (late, self.total))]
+        said = torch.tensor([int(word) for word in said])
+        with other_ranks():
+            distributed.all_reduce(said, distributed.ReduceOp.MAX)  # on the CPU: no wait for a GPU
+        asked, late, self.total = said.tolist()
+        self.asked = bool(asked)
+        return bool(late)
 
     def due(self, every=30.0):
         """Whether to log this step: each log_every-th, the last, and where a save, one in `every` seconds, follows.
         Decided here once, so that nothing is saved which log has not checked."""
+        late = time.perf_counter() - self.saved > every
+        late = self.agree(late) if self.world > 1 else late
         self.last = self.step == self.total or self.asked
-        self.saving = self.last or time.perf_counter() - self.saved > every
-        if self.asked:
+        self.saving = self.last or late
+        if self.asked and self.world == 1:
             print("stopping: saves, then scores what there is; once more to end at once", flush=True)
         return self.saving or self.step % self.log_every == 0
 

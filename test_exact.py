@@ -18,6 +18,7 @@ import re
 import runpy
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -248,6 +249,107 @@ def test_divergence_is_said_and_the_good_checkpoint_kept(tmp_path, monkeypatch, 
     refuses(smoke(name, tmp_path, code=2)[0], "diverged", "last good checkpoint")
     kept = checkpoint(tmp_path, name)
     assert kept["step"] < 11 and all(v.isfinite().all() for v in kept["f"].values())
+
+
+# ------------------------------------------------------------------------------------------------ several processes
+
+SAME_STEP = """
+import sys
+import torch
+import common
+
+if common.started_by_torchrun():
+    torch.set_num_threads(1)
+    common.join_ranks(torch.device("cpu"))
+rank, world = common.ranks()
+torch.manual_seed(0)
+f, bank = common.MLP(2, 8, 2), common.Bank(torch.randn(16, 2), torch.randn(16, 2))
+opt = torch.optim.Adam(f.parameters(), lr=0.01)
+for step in range(3):
+    y_pos, noise, uniform = torch.randn(32, 2), torch.randn(16, 2), torch.rand(16)
+    rows = bank.rows(16)  # as many as there are: all of this process's chains, in their order
+    torch.randn_like, torch.rand_like = lambda y: noise[rows], lambda log_p: uniform[rows]
+    y, _, _ = common.mala(f, bank.x[rows], bank.y[rows], 0.5, 0.2, 1)
+    bank.y[rows] = y
+    common.train_step(f, opt, y_pos.chunk(world)[rank], y)
+    torch.manual_seed(step)  # bank.rows drew fewer numbers where there are two
+if world > 1:
+    bank.gather()
+torch.save([*f.parameters(), bank.y], f"{sys.argv[1]}{rank}.pt")
+"""
+
+
+def processes(script, n, *options):
+    """Start n processes of a script as torchrun does, without its seconds."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    env = {**os.environ, "WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": HERE}
+    argv = [sys.executable, script, *map(str, options)]
+    return [subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                             env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(n)]
+
+
+def ends(started):
+    """-> exit codes, stdouts and stderrs of processes, which must end within 30 seconds."""
+    outputs = [process.communicate(timeout=30) for process in started]
+    return [process.returncode for process in started], *zip(*outputs)
+
+
+def test_two_processes_with_half_the_batch_take_the_step_of_one(tmp_path, monkeypatch):
+    script = tmp_path / "same_step.py"
+    script.write_text(SAME_STEP)
+    for draw in ("randn_like", "rand_like"):
+        monkeypatch.setattr(torch, draw, getattr(torch, draw))  # the script changes them
+    here(script, tmp_path / "one")
+    codes, _, errors = ends(processes(script, 2, tmp_path / "two"))
+    assert codes == [0, 0], errors
+    one, *two = (torch.load(tmp_path / name, weights_only=True) for name in ("one0.pt", "two0.pt", "two1.pt"))
+    assert same(*two)  # to the bit, of both processes
+    assert max((a - b).abs().max() for a, b in zip(one, two[0])) < 1e-6
+
+
+def wait_for_step(process, step):
+    for line in process.stdout:
+        if line.startswith(f"step {step:6d}/"):
+            return
+    raise AssertionError(process.communicate()[1])
+
+
+def test_stopped_and_killed_processes_end_together_and_any_number_goes_on(tmp_path, short):
+    script = tmp_path / "script" / "train_slow.py"
+    rows = SHORT.replace("bank.y, _, accepted = common.mala(f, bank.x, bank.y,",
+                         "import time; time.sleep(0.1); rows = bank.rows(32); bank.y[rows], _, accepted = common.mala("
+                         "f, bank.x[rows], bank.y[rows],")
+    script.write_text(rows.replace("bank.y)", "bank.y[rows])"))
+    started = processes(script, 2, "--device", "cpu", "--out", tmp_path)
+    wait_for_step(started[0], 10)
+    for process in started:  # Ctrl-C
+        process.send_signal(signal.SIGINT)
+    codes, outputs, errors = ends(started)
+    assert codes == [0, 0] and errors == ("", "") and outputs[1] == "" and "final" not in outputs[0], (outputs, errors)
+    step = checkpoint(tmp_path, "short_seed0")["step"]
+    assert 10 <= step < 20 and f"stopped at step {step}, saved" in outputs[0]
+    before = checkpoint(tmp_path, "short_seed0")["bank"]["y"]
+    started = processes(script, 2, "--device", "cpu", "--out", tmp_path, "--resume")
+    wait_for_step(started[0], 20)
+    started[1].kill()
+    codes, _, errors = ends(started)
+    assert codes == [2, -signal.SIGKILL]
+    refuses(errors[0], "another process", "--resume")
+    assert same(checkpoint(tmp_path, "short_seed0")["bank"]["y"], before)
+    assert "final steps 30" in short("--resume")  # by one process
+
+
+@pytest.mark.parametrize("n, world", [(64, 1), (64, 2), (10, 3)])
+def test_ranks_share_chains_and_batch(n, world, monkeypatch):
+    bank, seen = common.Bank(torch.zeros(n), torch.zeros(n)), []
+    for rank in range(world):
+        monkeypatch.setattr(common, "ranks", lambda: (rank, world))
+        rows = torch.cat([bank.rows(7) for _ in range(200)])
+        assert len(rows) == 200 * -(-7 // world)
+        seen.append(set(rows.tolist()))
+    assert set.union(*seen) == set(range(n)) and sum(map(len, seen)) == n  # all rows, each of one rank
 
 
 # ------------------------------------------------------------------------------------------------ runs are kept

@@ -66,7 +66,7 @@ def here(script, *options, code=0):
     handlers, argv = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}, sys.argv
     ended, values, output = 0, None, io.StringIO()
     try:
-        sys.argv = [script, *map(str, options)]
+        sys.argv = [*map(str, (script, *options))]
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             values = runpy.run_path(os.path.join(HERE, script), run_name="__main__")
     except SystemExit as end:

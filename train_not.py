@@ -47,6 +47,8 @@ args = common.arguments(
     cost=dict(choices=("strong", "weak"), default="strong", help="(default strong)"),
     convex=dict(type=common.number(0, 1e6), default=1.0, help="weight of the regulariser (default %(default)s)"),
     **{"data-set": dict(choices=("moons", "roll", "cmnist"), default="moons", help="(default moons)")})
+if common.started_by_torchrun():
+    common.fail("Neural OT trains in one process: start train_not.py with python, not with torchrun")
 device = args.device
 start_time = time.perf_counter()
 

@@ -550,7 +550,7 @@ for step in run.steps():
     y, accepted, exchanged = mcmc_step(net, x, torch.where(fresh[..., None], start_chains(new), bank.y[rows]))
     bank.x[rows], bank.y[rows] = x, y
     bank.eta *= torch.exp(0.03 * N_LANGEVIN * (accepted - ACCEPT))
-    gap = common.train_step(net, opt, batch(y_train, TARGETS), y[:, 0])
+    gap = common.train_step(net, opt, batch(y_train, common.share(TARGETS)), y[:, 0])
     common.update_ema(net_avg, net, EMA_DECAY, step)
     if step % LOG_EVERY == 0:  # keep the net that held-out rows gain most from; of two they can't tell apart the later
         bank.gain, bank.error, bank.effective = net_gain(net_avg)

@@ -264,7 +264,8 @@ opt = torch.optim.Adam(f.parameters(), lr=LR, betas=BETAS, fused=True)
 bank = common.Bank(sources, sources, eta=torch.tensor(ETA)).to(device)  # y = x is nearest the plan at small eps
 proposal_sigma = torch.tensor([SIGMA] * TARGETS + [SIGMA_WIDE] * N_WIDE_PROPOSALS, device=device)
 
-references = [reference(REFERENCE_SEED + k) for k in (0, 1)]
+with common.in_turn():
+    references = [reference(REFERENCE_SEED + k) for k in (0, 1)]
 weights = [conditional(test_x, y, g) for y, g in references]
 reference_means = [w @ y for w, (y, _) in zip(weights, references)]
 coarse, _ = grid(min(max(0.8 * math.sqrt(EPS), 0.008), 0.05))
