@@ -76,8 +76,9 @@ if args.check:
     SIDE, STEPS, NEW, CHUNK, WIDTH, PER_IMAGE = 16, 2400, 8, 128, 256, 1
 if args.smoke:
     SIDE, STEPS, LIFE, COOL, LEAP, CHUNK, WIDTH, POOL, ENDED = 16, 12, 4, 2, 2, 4, 16, 32, 8
-LOG_EVERY = STEPS // 12
 CONSTANTS = common.constants_of(globals())
+if NEW % common.ranks()[1]:
+    common.fail(f"the number of processes must divide NEW = {NEW}: start fewer, or raise NEW")
 
 made_up = args.check or args.smoke
 name = f"afhq_{'check' if args.check else args.source}_eps{EPS:g}_seed{SEED}{'_smoke' * args.smoke}"
@@ -104,7 +105,7 @@ def make_up(folder, hidden, held_out):
     """-> the generator.  Writes images of it, with noise, as PNG files in AFHQ's layout, so many to learn from and so
     many held out.  Their latents are Gaussian, but shifted by about 0.8 and scaled by 0.5 to 2 along every axis."""
     G, generator = stylegan2.Shapes(), torch.Generator().manual_seed(0)
-    if args.resume and os.path.isdir(folder):
+    if (args.resume or common.ranks()[0]) and os.path.isdir(folder):
         return G
     for split in ("train", "val"):
         make_folder(os.path.join(folder, split, args.source))
@@ -122,7 +123,8 @@ def make_up(folder, hidden, held_out):
 
 if made_up:
     args.data = f"{name}_data"
-    G = make_up(args.data, *(24, 6) if args.smoke else (4096, 2000))
+    with common.in_turn():
+        G = make_up(args.data, *(24, 6) if args.smoke else (4096, 2000))
 elif not os.path.isfile(args.generator):
     common.fail(f"no generator {args.generator}: download afhqdog.pkl of NVIDIA's StyleGAN2-ADA-PyTorch release "
                 f"(folder pretrained) to there, or name where it is with --generator")
@@ -240,8 +242,7 @@ pool_images -= pool_mean
 to_pool = costs(photographs(slice(0, len(train), 1 + len(train) // 512)), pool_images)
 hot = max(EPS, HOT * to_pool.amin(1).mean().item())
 temperatures = EPS * (hot / EPS) ** (1 - torch.arange(LIFE, device=device) / COOL).clamp(min=0)  # of chains, by age
-print(f"a source costs {to_pool.mean():.4g} at a latent of the pool, {to_pool.amin(1).mean():.4g} at the nearest; "
-      f"chains start at temperature {hot:.3g}")
+print(f"cost {to_pool.mean():.4g} in the pool, {to_pool.amin(1).mean():.4g} at its best; chains start at {hot:.3g}")
 
 
 # ---------------------------------------------------------------------------------------------- potential and sampler
@@ -290,7 +291,7 @@ def trajectory(f, x, z, temperature, eta):
 @torch.no_grad()
 def translate(f, rows):
     """For the photographs in these rows, by what chains do in training -> z ~ pi_f(.|x) (n, D), their mean cost."""
-    out, total = [], 0.0
+    out = []
     for i, part in enumerate(rows.split(CHUNK)):
         if i % 8 == 7:
             print(f"translated {i * CHUNK}/{len(rows)}  {common.peak_mib(device):.0f} MiB")
@@ -298,9 +299,8 @@ def translate(f, rows):
         z = start(f, x)
         for age in range(LIFE):
             z, _ = trajectory(f, x, z, temperatures[age].expand(len(z)), bank.eta[age].expand(len(z)))
-        out.append(z)
-        total += cost(x, z).sum()
-    return torch.cat(out), total.item() / len(rows)
+        out.append(torch.cat([z, cost(x, z)[:, None]], 1))
+    return torch.cat(out)[:, :-1], torch.cat(out)[:, -1].mean().item()
 
 
 # ---------------------------------------------------------------------------------------------- scores
@@ -337,7 +337,7 @@ order = torch.randperm(len(train), device=device)  # of the sources: in turn, so
 bank = common.Bank(torch.zeros(NEW * LIFE, 3 * SIDE ** 2), torch.zeros(NEW * LIFE, D), ended=torch.zeros(ENDED, D),
                    eta=ETA * (temperatures / hot).sqrt()).to(device)
 
-run = common.Run(args, f"{name}.pt", {"f": f, "f_avg": f_avg, "opt": opt, "bank": bank}, STEPS, LOG_EVERY, CONSTANTS)
+run = common.Run(args, f"{name}.pt", {"f": f, "f_avg": f_avg, "opt": opt, "bank": bank}, STEPS, STEPS // 12, CONSTANTS)
 if not args.resume:
     bank.x = photographs(common.stratified_rows(len(train), NEW * LIFE, device))
     bank.y = start(f, bank.x)
@@ -359,8 +359,8 @@ for step in run.steps():
     gap = common.train_step(f, opt, torch.randn(2 * len(z), D, device=device), cold)
     common.update_ema(f_avg, f, EMA_DECAY, step)
     if run.due():
-        run.log({"gap": 1e3, "max_param": 1e3}, gap=gap / f.scale, **normality_stats(bank.ended[:NEW * step]),
-                cost=cost(x, z)[LIFE - 1::LIFE].mean(), accept=accepted.mean(), eta_hot=bank.eta[0],
+        run.log({"gap": 1e3, "max_param": 1e3}, gap=gap / f.scale, **normality_stats(bank.ended[:len(sources) * step]),
+                cost=cost(x[LIFE - 1::LIFE], z[LIFE - 1::LIFE]).mean(), accept=accepted.mean(), eta_hot=bank.eta[0],
                 eta_cold=bank.eta[-1], max_param=common.max_param(f.net))
 
 
