@@ -2272,7 +2272,7 @@ def test_afhq_trains_on_files_and_names_every_translation(tmp_path, any_generato
     signal_at(monkeypatch, 1, signal.SIGINT)
     output, values = here("train_afhq_latent.py", "--data", tmp_path / "data", "--generator", __file__,
                           "--device", "cpu", "--out", tmp_path / "out", "--translate", tmp_path / "dogs")
-    assert "step      1/4000" in output and len(values["train"]) == len(values["held_out"]) == len(names)
+    assert "step      1/2500" in output and len(values["train"]) == len(values["held_out"]) == len(names)
     pictures = sorted(os.listdir(tmp_path / "dogs"))
     assert len(pictures) == len(names) * values["PER_IMAGE"]
     for number, path in enumerate(values["held_out"]):

@@ -6,12 +6,12 @@
     f(z)        scale net(sqrt(512) z/|z|) - eps |z|^2/2, so that pi_f(z|x) ~ N(z; 0, I) exp((scale net - c)/eps) is a
                 probability law from the start; G sees only the direction of z, and net needs no more
     ascend      E_Q f(z) - E_P E_{pi_f(.|x)} f(z)              Algorithm 1 of Mokrov et al., ICLR 2024
-    sample      a chain starts hot at a latent of a pool, cools to eps by Hamiltonian Monte Carlo, and ends at age LIFE:
-                the same in training, NEW of them a step, and for new images, to which the law N(0, I) so carries over
+    sample      a chain starts hot at a latent of a pool, cools to eps by Hamiltonian Monte Carlo, and ends at age LIFE.
+                Chains for new images do just what chains in training do, so that they too get the law N(0, I)
 
-    python train_afhq_latent.py --source cat --data afhq --generator afhqdog.pkl     by count 15 h on a GTX 1080 Ti
-    python train_afhq_latent.py --check      the same code on a made-up generator of shapes, against discrete OT: MMM
-                                             minutes on one CPU core, GGG GiB; --eps 0.001: c/eps as of the real files
+    python train_afhq_latent.py --source cat --data afhq --generator afhqdog.pkl     by count 19 h on a GTX 1080 Ti
+    python train_afhq_latent.py --check      the same code on a made-up generator of shapes, against discrete OT: 7
+                                             minutes on one CPU core, 2.6 GiB; --eps 0.001: c/eps as in the real run
     python train_afhq_latent.py --smoke      the same path in seconds
 
 --data: AFHQ as the stargan-v2 project released it (v1: train/cat/*.jpg, val/cat/...; v2: test/cat/...), or any folder
@@ -19,8 +19,10 @@ of images, of which every tenth is then held out.  --generator: afhqdog.pkl of N
 Writes beside itself (or under --out) afhq_cat_eps1_seed0.pt, which --resume carries on from, and a figure (.png), each
 row a source and five translations.  --translate DIR also writes the held-out images' translations, for eval_fid.py.
 
-Not yet run on the official files.  By count a step is 55 TFLOP: 4 000 steps and the scores take 15.5 h at 4.4 TFLOP/s
-(40 % of a GTX 1080 Ti) or 2 h at 33 (40 % of an RTX 4090), and 5 GB.  In the first ten minutes look at the log: FIRST
+Not yet run on the official files.  By count a step is 109 TFLOP: 2 500 steps and the scores take 19 h at 4.4 TFLOP/s
+(40 % of a GTX 1080 Ti) or 2.5 h at 33 (40 % of an RTX 4090), and 5 GB.  What the log of --check --eps 0.001 says, to
+know in the first ten minutes that it works: accept 0.55 to 0.8; cost, of chains that end, a tenth of "at its best" by
+step 16, rising to a half; ks 0.35 at step 40, 0.17 at 110, 0.06 at 230; gap within 5; max_param below 0.6.
 
 Scores, of translations of the held-out images: cost, mean c; latent_var, _square and _ks, which are 1, 1 and exact_ks
 where latents are N(0, I); zero_..., the same with nothing learned, net = 0 (--check, --smoke).  Beside it the mean c of
@@ -60,8 +62,8 @@ warnings.filterwarnings("ignore", module="PIL")  # of transparency, which is dro
 # ---------------------------------------------------------------------------------------------- constants
 EPS, SEED = args.eps, args.seed
 SIDE = 128               # of the images the cost sees: half the arithmetic of 512, a quarter of its memory
-STEPS = 4000             # Adam steps
-NEW, LIFE, COOL = 4, 16, 8  # chains started per step; trajectories of a chain; of these, those while it cools to EPS
+STEPS = 2500             # Adam steps
+NEW, LIFE, COOL = 8, 16, 8  # chains started per step; trajectories of a chain; of these, those while it cools to EPS
 HOT = 0.05               # temperature of the start, over the mean least cost between a source and the pool
 LEAP, ETA, ACCEPT = 6, 0.15, 0.7  # steps of a trajectory, their size at HOT at first, the accepted share it is led to
 CHUNK = 32               # latents that G takes at once: bounds the memory
