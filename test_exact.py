@@ -2396,8 +2396,8 @@ def test_afhq_chains_start_cool_and_end(afhq, monkeypatch):
     bank, order = afhq["bank"], afhq["order"]
     lane, age = torch.arange(new)[:, None], torch.arange(life)
     sources = order[(new * (afhq["STEPS"] - age) + lane) % len(order)]
-    assert torch.equal(bank.x, afhq["photographs"](sources.flatten()))
-    assert bank.ended.abs().sum(1).min() > 0 and not (bank.ended[:, None] == bank.y).all(2).any()
+    assert torch.equal(bank.x.flatten(0, 1), afhq["photographs"](sources.flatten()))
+    assert bank.ended.abs().sum(1).min() > 0 and not (bank.ended[:, None] == bank.y.flatten(0, 1)).all(2).any()
 
 
 def test_afhq_scores_against_closed_forms(afhq):
