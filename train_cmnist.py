@@ -14,13 +14,13 @@ _pairs.pt = {"x": (N,3,32,32), "y": (N,M,3,32,32)}: every test 2 and M translati
 A digit g in the colour c is the image 2 g c - 1: brightness times colour, a matrix of rank one.  The base knows that
 from the first step: each of its Gaussians has the covariance of grey digits along its own colour, and little more than
 pixel noise in all other directions.  It leaves ghosts of the 2 behind.  The net learns the shape.  It sees the
-brightness along the image's own colour, one channel for three, and the length of that colour, with which the noise in
-the brightness varies.  Its heads read every resolution, the finest too: sharp edges are learned there.
+brightness along the image's own colour, one channel for three.  Its heads read every resolution, the finest too: sharp edges are learned there.
 
 Real digits get noise of deviation NOISE: without it Q is so thin that f would become too steep for the chains to mix.
 NOISE^2 stays well below eps, or the plan's own scatter could be taken for the noise, and a 2 for a digit of any
-colour.  Samples of the learned plan have that noise too, so a translation ends by removing it: from an exact draw of
-the base's plan SAMPLE_STEPS Langevin steps, then ANNEAL_STEPS in which the sampler's noise falls to 0.
+colour.  Samples y of the learned plan have that noise too.  A translation starts from an exact draw of the base's
+plan, takes SAMPLE_STEPS Langevin steps, and ends with the mean of the image y0 under the noise, given y = y0 + noise
+and x (Tweedie):   E[y0|y,x] = y + NOISE^2 grad_y log pi_f(y|x)
 
 --translate: any image format, size and mode, one digit on black in a colour of full saturation.  It is laid on black
 where it is transparent, and its brightness is that of its brightest channel.  Then it is made as MNIST was: cut to
@@ -28,11 +28,9 @@ what is lit, shrunk or enlarged to 20 pixels, put with its centre of mass into t
 hue of its summed colour.  A grey one becomes red.  FOLDER_translated gets TRANSLATIONS files of each and a figure.
 
 In the log, cost and hue_err are those of the chains; their noise adds 3072 NOISE^2 / 2 to the cost.  The last line
-scores the translations of the test 2s: see digits.digit_scores, and
-    slow_hot    deviation over the translations of one x in the data's first MAIN_DIRECTIONS, where chains are slow,
-                before annealing, less the noise's share; slow_cold: after
-The lines `control` give the same scores to the base alone, nothing learned, and to the nearest training 3 painted in
-the 2's own hue: what one of them reaches too proves nothing.
+scores the translations of the test 2s: see digits.digit_scores.  The lines `control` give the same scores to the base
+alone, nothing learned, and to the nearest training 3 painted in the 2's own hue: what one of them reaches too proves
+nothing.
 """
 import common  # first, so that Ctrl-C during the slow imports below ends without a traceback
 
@@ -56,10 +54,10 @@ start_time = time.perf_counter()
 EPS = args.eps
 SEED = args.seed
 SOURCE_DIGIT, TARGET_DIGIT = 2, 3
-STEPS = 3000             # Adam steps
+STEPS = 3200             # Adam steps
 BATCH = 64               # chains moved per step, and real digits per step
 N_LANGEVIN = 5           # Langevin steps of a chain per training step; with 2 f ran away from the chains
-NOISE = min(0.14, math.sqrt(EPS) / 2)  # added to real digits
+NOISE = min(0.16, 0.45 * math.sqrt(EPS))  # added to real digits
 ETA = NOISE ** 2 / 2     # Langevin step; at twice that chains exploded now and then
 SLOWED = 2.0             # a drift this many times as long as one at rest is cut to that: bounds what a bad chain does
 BOX = 3.0                # pixels are clipped to +-BOX
@@ -73,14 +71,12 @@ SCALE = EPS / NOISE ** 2  # of the net
 LR, BETAS = 8e-4, (0.0, 0.99)  # of Adam; falls to 0 by a cosine
 WARMUP = 50              # steps
 EMA_DECAY = 0.995        # of the weights, per step
-SAMPLE_STEPS, ANNEAL_STEPS = 120, 80  # Langevin steps of a translation
+SAMPLE_STEPS = 60        # Langevin steps of a translation, before its last
 TRANSLATIONS = 4         # of each test image
-MAIN_DIRECTIONS = 20     # of the data, for slow_hot and slow_cold
 SHOWN = 8                # rows of the figure
 TEST_SEED = 1            # of the test images' colours
 if args.smoke:
-    STEPS, BATCH, N_LANGEVIN, RANK, WIDTHS, SAMPLE_STEPS, ANNEAL_STEPS = 12, 8, 2, 8, (4, 4, 8, 8), 4, 3
-    TRANSLATIONS, SHOWN = 2, 3
+    STEPS, BATCH, N_LANGEVIN, RANK, WIDTHS, SAMPLE_STEPS, TRANSLATIONS, SHOWN = 12, 8, 2, 8, (4, 4, 8, 8), 4, 2, 3
 LOG_EVERY = max(1, STEPS // 80)
 
 name = os.path.join(args.out, f"cmnist_eps{EPS:g}_seed{SEED}" + "_smoke" * args.smoke)
@@ -132,7 +128,6 @@ class Hues(nn.Module):
             s0, s1 = (factor * v + n for v, n in zip(variances, noises))
             return 2 * s1 / ((4 * s0 * s1 + EPS ** 2) ** 0.5 + EPS)
 
-        self.register_buffer("main", basis[:, :MAIN_DIRECTIONS].float())
         turn = torch.linalg.eigh(full(0))[1]  # the S_k have nearly the same main directions; from here on exactly
         digit = F.normalize(means[1], dim=0)
         S = torch.cat([torch.stack([((full(k) @ turn) * turn).sum(0) for k in range(HUES)]),
@@ -194,11 +189,11 @@ class Hues(nn.Module):
 
 
 class Net(nn.Module):
-    """SCALE times a sum of one linear head at each of four resolutions: (B, 2, side, side) -> (B,).  0 at the start."""
+    """SCALE times a sum of one linear head at each of four resolutions: (B, 1, side, side) -> (B,).  0 at the start."""
 
     def __init__(self, side):
         super().__init__()
-        self.convs = nn.ModuleList([nn.Conv2d(2, WIDTHS[0], 3, 1, 1)])
+        self.convs = nn.ModuleList([nn.Conv2d(1, WIDTHS[0], 3, 1, 1)])
         self.convs.extend(nn.Conv2d(a, b, 4, 2, 1) for a, b in zip(WIDTHS, WIDTHS[1:]))
         sides = [side >> k for k in range(len(WIDTHS))]
         self.heads = nn.ModuleList(nn.Linear(width * s ** 2, 1) for width, s in zip(WIDTHS, sides))
@@ -225,37 +220,34 @@ class Potential(nn.Module):
 
     def forward(self, y):
         c = digits.rgb_of(digits.hue_of((y + 1) * self.where))
-        square = c.square().sum(1)[:, None, None]
-        light = ((y + 1) * c[:, :, None, None]).sum(1) / square - 1
-        seen = torch.stack([light, (4 * square.rsqrt() - 3.4).expand_as(light)], 1)  # the noise falls with |c|
-        return self.base(y) + self.net(seen[:, :, CROP:-CROP, CROP:-CROP])
+        light = ((y + 1) * (c / c.square().sum(1, keepdim=True))[:, :, None, None]).sum(1, keepdim=True) - 1
+        return self.base(y) + self.net(light[:, :, CROP:-CROP, CROP:-CROP])
 
 
 # ---------------------------------------------------------------------------------------------- sampler
 
-def walk(f, x, y, temperatures):
-    """Langevin steps, one for each temperature, that cannot leave the box.  A step's noise is the mean of its own and
-    the last one's (Leimkuhler & Matthews 2013): exact for Gaussians, which independent noise makes a seventh wider."""
+def walk(f, x, y, steps):
+    """Langevin steps that cannot leave the box.  A step's noise is the mean of its own and the last one's (Leimkuhler &
+    Matthews 2013): exact for Gaussians, which independent noise makes a seventh wider."""
     noise, longest = torch.randn_like(y), SLOWED * math.sqrt(y[0].numel()) / NOISE
-    for temperature in temperatures:
+    for _ in range(steps):
         _, grad = common.log_p_and_grad(f, x, y, EPS)
         grad = grad * (longest / grad.flatten(1).norm(dim=1)).clamp(max=1)[:, None, None, None]
         old, noise = noise, torch.randn_like(y)
-        y = (y + ETA / 2 * grad + math.sqrt(ETA * temperature) * (old + noise) / 2).clamp(-BOX, BOX)
+        y = (y + ETA / 2 * grad + math.sqrt(ETA) * (old + noise) / 2).clamp(-BOX, BOX)
     return y
 
 
-def translate(f, x):
-    """-> translations of x (n, 3, 32, 32) before and after annealing, hot and cold (n, 3, 32, 32)."""
-    cooling = [max(0.0, 1 - k / (0.8 * ANNEAL_STEPS)) for k in range(1, ANNEAL_STEPS + 1)]
-    hot, cold, last_print = [], [], time.perf_counter()
-    for x_part in x.split(4 * BATCH):
-        hot.append(walk(f, x_part, base.draw(x_part), [1.0] * SAMPLE_STEPS))
-        cold.append(walk(f, x_part, hot[-1], cooling))
+def translate(f, x, n):
+    """n translations of each x, without noise: (N, 3, 32, 32) -> (N, n, 3, 32, 32)."""
+    done, last_print = [], time.perf_counter()
+    for part in x.repeat_interleave(n, 0).split(4 * BATCH):
+        y = walk(f, part, base.draw(part), SAMPLE_STEPS)
+        done.append((y + NOISE ** 2 * common.log_p_and_grad(f, part, y, EPS)[1]).clamp(-1, 1))
         if time.perf_counter() - last_print > 30:
-            print(f"translated {sum(map(len, cold))}/{len(x)}")
+            print(f"translated {sum(map(len, done))}/{n * len(x)}")
             last_print = time.perf_counter()
-    return torch.cat(hot), torch.cat(cold).clamp(-1, 1)
+    return torch.cat(done).unflatten(0, (-1, n))
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -283,7 +275,7 @@ for step in run.steps():
     fresh = common.stratified_rows(len(rows), min(RESTARTS, len(rows)), device)
     x[fresh] = digits.colorize(grey_sources[rows[fresh]])
     y[fresh] = base.draw(x[fresh])
-    y = walk(f, x, y, [1.0] * N_LANGEVIN)
+    y = walk(f, x, y, N_LANGEVIN)
     bank.x[rows], bank.y[rows] = x, y
     y_pos = digits.colorize(grey_targets[torch.randint(len(grey_targets), (len(rows),), device=device)])
     gap = common.train_step(f, opt, y_pos + NOISE * torch.randn_like(y_pos), y)
@@ -296,36 +288,24 @@ for step in run.steps():
 
 # ---------------------------------------------------------------------------------------------- scores and figure
 
-def translations(f, x, n):
-    """Hot and cold, n of each x: (N, 3, 32, 32) -> (N, n, 3, 32, 32) twice."""
-    return [y.unflatten(0, (-1, n)) for y in translate(f, x.repeat_interleave(n, 0))]
-
-
-def slow_deviation(y, noise=0.0):
-    """Over the translations y (N, M, ...) of one x, in the main directions, less that of the noise."""
-    variance = (y.flatten(3) @ base.main).var(1)
-    return (variance - noise ** 2).sum((1, 2)).mean().clamp_min(0).sqrt().item()
-
-
 def words(scores):
     return " ".join(f"{k} {v:.4g}" for k, v in scores.items())
 
 
 if folder:
-    _, y = translations(f_avg, folder[1].to(device), TRANSLATIONS)
-    digits.save_folder(args.translate, *folder, y)
-hot, cold = translations(f_avg, test_x, TRANSLATIONS)
-scores = digits.digit_scores(test_x, cold, test_real)
-scores |= {"slow_hot": slow_deviation(hot, NOISE), "slow_cold": slow_deviation(cold)}
-digits.save_pairs(f"{name}_pairs.pt", test_x, cold)
+    digits.save_folder(args.translate, *folder, translate(f_avg, folder[1].to(device), TRANSLATIONS))
+y = translate(f_avg, test_x, TRANSLATIONS)
+scores = digits.digit_scores(test_x, y, test_real)
+digits.save_pairs(f"{name}_pairs.pt", test_x, y)
 nearest = torch.cdist(digits.brightness(test_x), grey_targets.flatten(1)).argmin(1)
 painted = digits.colorize(grey_targets[nearest], digits.hue_of(test_x))
-controls = {"base": translations(base, test_x, TRANSLATIONS)[1], "nearest": painted[:, None]}
-for what, y in controls.items():
-    print(f"control {what} {words(digits.digit_scores(test_x, y, test_real))}")
+controls = {"base": translate(base, test_x, TRANSLATIONS), "nearest": painted[:, None]}
+for what, control in controls.items():
+    print(f"control {what} {words(digits.digit_scores(test_x, control, test_real))}")
+    digits.save_pairs(f"{name}_control_{what}.pt", test_x, control)
 
 shown = test_x[::math.ceil(len(test_x) / SHOWN)]
-_, six = translations(f_avg, shown, 6)
+six = translate(f_avg, shown, 6)
 rows = torch.linspace(0, len(bank.x) - 1, 2 * len(shown)).long()
 title = (f"Coloured {SOURCE_DIGIT}s to {TARGET_DIGIT}s, eps = {EPS:g}: cost {scores['cost']:.0f} (discrete OT "
          f"{scores['ot_cost']:.0f}), hue error {scores['hue_err']:.1f} degrees, spread {scores['spread']:.3f}, "
