@@ -390,12 +390,19 @@ def other_ranks():
 def in_turn():
     """Around what writes files that every process reads: the first process does it, then the others."""
     rank, world = ranks()
-    for turn in ("others", "first"):
-        if world > 1 and (rank > 0) == (turn == "others"):
-            with other_ranks():
-                distributed.barrier()
-        if turn == "others":
-            yield
+    if rank:
+        agreed([0])
+    yield
+    if world > 1 and not rank:
+        agreed([0])
+
+
+def agreed(numbers):
+    """The largest that any process says, of each of some whole numbers: a list.  Waits for all processes."""
+    numbers = torch.tensor(numbers)  # on the CPU: no wait for a GPU
+    with other_ranks():
+        distributed.all_reduce(numbers, distributed.ReduceOp.MAX)
+    return numbers.tolist()
 
 
 @torch.no_grad()
@@ -411,7 +418,7 @@ def average_gradients(f):
 
 
 def started_by_torchrun():
-    return "LOCAL_RANK" in os.environ and int(os.environ["WORLD_SIZE"]) > 1
+    return {"LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys() and int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
 def join_ranks(device):
@@ -862,17 +869,15 @@ class Run:
         with other_ranks():
             for part in self.parts.values():
                 for tensor in part.state_dict().values() if isinstance(part, nn.Module) else ():
-                    distributed.broadcast(tensor, 0)
+                    whole = tensor.contiguous()
+                    distributed.broadcast(whole, 0)
+                    tensor.copy_(whole)
         if self.rank:
             torch.manual_seed((self.seed + 2 ** 32 * (self.rank + self.world * self.step)) % 2 ** 63)
 
     def agree(self, late):
         """Of all processes: stop if one was told to; the first one's clock and total decide the rest."""
-        said = [self.asked, *((0, 0) if self.rank else (late, self.total))]
-        said = torch.tensor([int(word) for word in said])
-        with other_ranks():
-            distributed.all_reduce(said, distributed.ReduceOp.MAX)  # on the CPU: no wait for a GPU
-        asked, late, self.total = said.tolist()
+        asked, late, self.total = agreed([int(self.asked), *((0, 0) if self.rank else (int(late), self.total))])
         self.asked = bool(asked)
         return bool(late)
 

@@ -251,6 +251,33 @@ def test_divergence_is_said_and_the_good_checkpoint_kept(tmp_path, monkeypatch, 
     assert kept["step"] < 11 and all(v.isfinite().all() for v in kept["f"].values())
 
 
+def test_every_function_runs_where_tensors_hold_no_numbers():
+    """On torch's meta device a tensor left on the CPU raises, and so does all that waits for a number."""
+    def there(*modules):
+        return [module.to("meta") for module in modules]
+
+    def numbers(*shape):
+        return torch.empty(shape, device="meta")
+
+    f, other, heads, resnet, mixture = there(common.MLP(2, 8, 2), common.MLP(2, 8, 2), common.Heads(2, 3, 8, 2),
+                                             common.ResNet(32, 3, 4, 1), common.Mixture(2, 3, 0.1))
+    x, y, eta, opt = numbers(16, 2), numbers(16, 2), numbers(), torch.optim.Adam(f.parameters())
+    for network in (f, heads):
+        network.init_first_layer_at(y, 3.0)
+    for step in mixture.fit(lambda: x, lambda: y, 2, prior=0.1):
+        pass
+    common.update_ema(other, f, 0.99, 5)
+    results = [
+        *(network(y) for network in (f, heads, mixture)), resnet(numbers(4, 3, 32, 32)),
+        common.langevin(f, x, y, 0.1, 0.01, 2), *common.mala(f, x, y, 0.1, eta, 2, precond=numbers(2, 2)),
+        *common.exchange(numbers(4, 4, 2), numbers(4, 4), numbers(4)), *common.log_z_ratio(mixture, f, x, 4, 3, eta),
+        *common.jump(f, x, y, y, 0.1, 0.1), *common.jump(f, x, y, y, numbers(16), 0.1, f(y).detach()),
+        common.train_step(f, opt, y, x), common.max_param(f), common.stratified_rows(16, 4, "meta"),
+        common.kd_order(x), common.Bank(x, y).rows(4),
+        common.gaussian_map(mixture.S, mixture.S, 0.1), mixture.log_z(x), mixture.objective(x, y), mixture.sample(x)]
+    assert all(result.is_meta for result in results)
+
+
 # ------------------------------------------------------------------------------------------------ several processes
 
 SAME_STEP = """

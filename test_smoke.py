@@ -1,6 +1,7 @@
 """The check before a long run: every script's --smoke, stopped half-way, and its --resume.
 
     python -m pytest -q test_smoke.py        or        python test_smoke.py
+    python test_smoke.py --gpu               how well four scripts use the GPU (without one: the CPU), in minutes
 
 No network, no data, under 40 seconds on two CPU cores.  test_exact.py holds every other test."""
 import contextlib
@@ -14,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -21,8 +23,11 @@ import ot
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 import common
+import digits
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 KEPT = tempfile.TemporaryDirectory(prefix="smoke_runs_")  # removed as the process ends
@@ -138,6 +143,158 @@ def same(a, b):
     return a == b
 
 
+# ------------------------------------------------------------------------------------------------ inside the loop
+
+class Enough(BaseException):
+    """Ends a script in its loop."""
+
+
+def in_loop(visit, script, *options, **constants):
+    """Run a script with these constants changed.  Its loop runs the steps that the generator visit(run, values) yields,
+    values being the script's globals; nothing is logged, scored or saved -> what visit returned."""
+    returned, constants_of = [], common.constants_of
+
+    def steps(run):
+        values = sys._getframe(1).f_globals
+        returned.append((yield from visit(run, values)))
+        raise Enough
+
+    def changed(values):
+        values.update(constants)
+        return constants_of(values)
+
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as out:
+        patch.setattr(common.Run, "steps", steps)
+        patch.setattr(common.Run, "due", lambda run: False)
+        patch.setattr(common, "constants_of", changed)
+        with pytest.raises(Enough):
+            here(script, "--out", out, *options)
+    return returned[0]
+
+
+def to_meta(values):
+    """Move all networks, tensors and optimisers among a script's globals to torch's meta device.  It holds no numbers:
+    an operation with a tensor left on the CPU raises there, and so does anything that waits for a number."""
+    moved = {}
+    for value in values.values():
+        if isinstance(value, torch.nn.Module):
+            before = list(value.parameters())
+            moved |= zip(map(id, before), value.to("meta").parameters())
+    for name, value in values.items():
+        if isinstance(value, torch.Tensor):
+            values[name] = value.to("meta")
+        if isinstance(value, torch.optim.Optimizer):
+            for group in value.param_groups:
+                group |= {"params": [moved[id(p)] for p in group["params"]], "fused": False}
+    values["device"] = torch.device("meta")
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_step_never_leaves_the_device_nor_waits_for_it(name, monkeypatch):
+    def visit(run, values):
+        to_meta(values)
+        yield 1
+        return [p for opt in run.parts.values() if isinstance(opt, torch.optim.Optimizer)
+                for group in opt.param_groups for p in group["params"]]
+
+    script, *options = (option.format(out=KEPT.name, none=os.path.join(KEPT.name, "none")) for option in RUNS[name])
+    monkeypatch.setattr(common, "ranks", lambda: (1, 3))  # and takes a share of its batch as well as the whole
+    monkeypatch.setattr(common, "average_gradients", lambda f: None)
+    monkeypatch.setattr(common, "in_turn", contextlib.nullcontext)
+    stepped = in_loop(visit, script, "--smoke", "--device", "cpu", *options, LOG_EVERY=10 ** 9)
+    assert stepped and all(p.is_meta and p.grad.is_meta for p in stepped)
+
+
+class SameDraws(torch.overrides.TorchFunctionMode):
+    """Random numbers come from the CPU's generator, whatever the device."""
+
+    def __torch_function__(self, draw, types, args=(), kwargs=None):
+        kwargs, name = dict(kwargs or {}), getattr(draw, "__name__", "")
+        if name in ("rand", "randn", "randint", "randperm"):
+            return draw(*args, **{**kwargs, "device": "cpu"}).to(kwargs.get("device") or "cpu")
+        if name in ("rand_like", "randn_like"):
+            return draw(args[0].detach().cpu(), **kwargs).to(args[0].device)
+        if args and name in ("normal_", "uniform_", "exponential_") and not kwargs.get("generator"):
+            return args[0].copy_(draw(torch.empty_like(args[0], device="cpu"), *args[1:], **kwargs))
+        if name == "multinomial":
+            return draw(args[0].cpu(), *args[1:], **kwargs).to(args[0].device)
+        return draw(*args, **kwargs)
+
+
+class Flops(TorchDispatchMode):
+    """Counts those of matrix products and convolutions.  (FlopCounterMode's hooks do not bear autograd.grad.)"""
+    total = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out, count = operation(*args, **(kwargs or {})), flop_registry.get(operation._overloadpacket)
+        self.total += count(*args, **(kwargs or {}), out_val=out) if count else 0
+        return out
+
+
+def first_gradients(run, values):
+    """visit of in_loop: one step -> its gradients (P,) and its chains (N,), on the CPU."""
+    yield 1
+    grads = [p.grad for p in run.parts["opt"].param_groups[0]["params"]]
+    return [torch.cat([t.detach().flatten().double().cpu() for t in part]) for part in (grads, [run.parts["bank"].y])]
+
+
+def measured(warm, steps):
+    """-> visit of in_loop: {figure: number} of a step, after `warm` of them."""
+    def visit(run, values):
+        device, numbers = run.device, iter(range(1, 10 ** 6))
+        wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+        for _ in range(warm):
+            yield next(numbers)
+        wait()
+        start = time.perf_counter()
+        for _ in range(steps):
+            yield next(numbers)
+        wait()
+        seconds = (time.perf_counter() - start) / steps
+        with Flops() as flops:
+            yield next(numbers)
+        kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (device.type == "cuda")
+        with torch.profiler.profile(activities=kinds) as profile:
+            yield next(numbers)
+            wait()
+        calls = {event.key: event.count for event in profile.key_averages()}
+        return {"ms": 1e3 * seconds, "GFLOP": flops.total / 1e9, "peak_MiB": common.peak_mib(device),
+                "percent": 100 * flops.total / seconds / common.matmul_rate(device),
+                "launches": sum(n for key, n in calls.items() if "LaunchKernel" in key or "GraphLaunch" in key),
+                "waits": max(0, sum(n for key, n in calls.items() if "Synchronize" in key) - 1)}  # one is our own
+    return visit
+
+
+GPU_CHECK = {  # script, options, constants that only shorten what comes before the loop
+    "toy": (("train_toy.py",), dict(REFERENCE_N=50)),
+    "points": (("train_points.py", "--pair", "rolls", "--dim", "8", "--eps", "0.1"), dict(COMPONENTS=(1,), NET_FROM=1)),
+    "digits": (("train_cmnist.py",), {}),
+    "latents": (("train_afhq_latent.py", "--check"), dict(HIDDEN=256, HELD_OUT=20)),
+}
+
+
+def gpu_check(device, warm, steps, *more, names=tuple(GPU_CHECK)):
+    """Print a table of what a step of each script costs -> {name: its figures}.  "differs": the largest difference of
+    one step's gradients and chains from those on the CPU, of the same random numbers, over the largest of them."""
+    table = {}
+    for name in names:
+        (script, *options), constants = GPU_CHECK[name]
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(digits, "load_digits", lambda root, digit, train, *_: digits.synthetic_digits(
+                digit, 256 if train else 6, torch.Generator().manual_seed(2 * digit + train)))
+            table[name] = in_loop(measured(warm, steps), script, *options, "--device", device, *more, **constants)
+            with SameDraws():
+                ours, cpu = (in_loop(first_gradients, script, *options, "--device", d, *more, **constants)
+                             for d in (device, "cpu"))
+        table[name]["differs"] = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(ours, cpu))
+        head, row = " | ".join(table[name]), " | ".join(f"{value:.3g}" for value in table[name].values())
+        print(*[f"| a step of | {head} |", "|---" * (1 + len(table[name])) + "|"] * (len(table) == 1),
+              f"| {name} | {row} |", sep="\n", flush=True)
+    return table
+
+
 # ------------------------------------------------------------------------------------------------ every script
 
 @pytest.mark.parametrize("name", RUNS)
@@ -240,5 +397,18 @@ def test_afhq():
         assert picture.size == (6 * 256, 6 * 256)  # six sources, each with five translations
 
 
+def test_gpu_check(capsys):
+    table = gpu_check("cpu", 0, 2, "--smoke")
+    assert all(row["differs"] == 0 for row in table.values()) and len(capsys.readouterr().out.splitlines()) == 6
+    forward = 2 * (2 * 32 + 2 * 32 * 32 + 32)  # of one y; a gradient in y costs as much again, one in the weights too
+    mixtures = 2 * 128 * 128 * 3 + 2 * 32 * 128 * 3 + 2 * 32 * 128 * 2  # 32 chains, 64 + 64 proposals
+    mala, jump, learn = 2 * 32 * 2 * forward, 128 * forward + mixtures, 96 * 3 * forward - 96 * 2 * 2 * 32
+    assert table["toy"]["GFLOP"] == (mala + jump + learn) / 1e9
+
+
 if __name__ == "__main__":
+    if "--gpu" in sys.argv:
+        card = "cuda" if torch.cuda.is_available() else "cpu"
+        print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if card == 'cuda' else 'no GPU'}")
+        raise SystemExit(gpu_check(card, 20, 100) and None)
     raise SystemExit(pytest.main(["-q", __file__, *sys.argv[1:]]))
