@@ -98,7 +98,7 @@ def read_image(path):
     except Exception as error:  # PIL has one for each way to be broken
         reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
         common.fail(f"{path} is not a digit on black ({reason}): replace it or take it out of the folder")
-    lit = (light[0, 0] > 0.1 * light.max()).nonzero()
+    lit = (light[0, 0] > 0.2 * light.max()).nonzero()
     (top, left), (bottom, right) = lit.amin(0).tolist(), (lit.amax(0) + 1).tolist()
     scale = 20 / max(bottom - top, right - left)
     size = [max(1, round(scale * side)) for side in (bottom - top, right - left)]

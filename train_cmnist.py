@@ -14,7 +14,8 @@ _pairs.pt = {"x": (N,3,32,32), "y": (N,M,3,32,32)}: every test 2 and M translati
 A digit g in the colour c is the image 2 g c - 1: brightness times colour, a matrix of rank one.  The base knows that
 from the first step: each of its Gaussians has the covariance of grey digits along its own colour, and little more than
 pixel noise in all other directions.  It leaves ghosts of the 2 behind.  The net learns the shape.  It sees the
-brightness along the image's own colour, one channel for three.  Its heads read every resolution, the finest too: sharp edges are learned there.
+brightness along the image's own colour, one channel for three.  Its heads read every resolution, the finest too:
+sharp edges are learned there.
 
 Real digits get noise of deviation NOISE: without it Q is so thin that f would become too steep for the chains to mix.
 NOISE^2 stays well below eps, or the plan's own scatter could be taken for the noise, and a 2 for a digit of any
@@ -54,7 +55,7 @@ start_time = time.perf_counter()
 EPS = args.eps
 SEED = args.seed
 SOURCE_DIGIT, TARGET_DIGIT = 2, 3
-STEPS = 3200             # Adam steps
+STEPS = 2400             # Adam steps
 BATCH = 64               # chains moved per step, and real digits per step
 N_LANGEVIN = 5           # Langevin steps of a chain per training step; with 2 f ran away from the chains
 NOISE = min(0.16, 0.45 * math.sqrt(EPS))  # added to real digits
@@ -144,7 +145,7 @@ class Hues(nn.Module):
         self.register_buffer("quadratic_w", self.weights(S, r).float())
         log_w, log_a = self.features(in_many_colours(grey_x) + 1) @ self.quadratic_w, torch.zeros(HUES, device=x.device)
         for _ in range(200):
-            log_a = log_a - ((log_w + log_a).softmax(1).mean(0) * HUES).log()
+            log_a = log_a - ((log_w + log_a).softmax(1).mean(0) * HUES).clamp_min(1e-30).log()
         self.register_buffer("log_a", log_a)
         self.register_buffer("log_v0", (log_v0 + log_a).float())
 
@@ -218,10 +219,14 @@ class Potential(nn.Module):
         self.base, self.net = base, Net(mean_digit.shape[-1] - 2 * CROP)
         self.register_buffer("where", mean_digit)  # (1, 32, 32): the hue is that of the light there
 
-    def forward(self, y):
+    def seen(self, y):
+        """Brightness along the image's own colour, from -1 to 1: (B, 3, 32, 32) -> (B, 1, 24, 24)."""
         c = digits.rgb_of(digits.hue_of((y + 1) * self.where))
         light = ((y + 1) * (c / c.square().sum(1, keepdim=True))[:, :, None, None]).sum(1, keepdim=True) - 1
-        return self.base(y) + self.net(light[:, :, CROP:-CROP, CROP:-CROP])
+        return light[:, :, CROP:-CROP, CROP:-CROP]
+
+    def forward(self, y):
+        return self.base(y) + self.net(self.seen(y))
 
 
 # ---------------------------------------------------------------------------------------------- sampler
