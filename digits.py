@@ -8,13 +8,17 @@ import socket
 import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from torchvision.datasets import MNIST
 
 DATA_OPTION = dict(default=os.path.join(os.path.dirname(os.path.abspath(__file__)), "data"), metavar="FOLDER",
                    help="with MNIST in torchvision's layout, or where to download it to (default %(default)s)")
+
+MAX_PIXELS = 50_000_000  # of one image: a file of kilobytes can unpack to gigabytes
 
 
 # ------------------------------------------------------------------------------------------------ data
@@ -70,6 +74,51 @@ def synthetic_digits(digit, n, generator):
     pixels = torch.cartesian_prod(torch.arange(32.0), torch.arange(32.0)).flip(1)
     nearest = torch.stack([torch.cdist(pixels, points).amin(1) for points in at])
     return (1.3 + ink - nearest).clamp(0, 1).view(n, 1, 32, 32)
+
+
+def read_image(path):
+    """One digit in colour on black, any format, size and mode: (1, 3, 32, 32) in [-1,1], made as MNIST was.
+
+    Laid on black where it is transparent; cut to what is lit; 20 pixels on its longer side; its centre of mass in the
+    middle.  Brightness is that of the brightest channel, painted in the hue of the summed colour; grey becomes red."""
+    try:
+        with Image.open(path) as image:  # reads the header only
+            if math.prod(image.size) > MAX_PIXELS:
+                raise ValueError(f"{image.width}x{image.height}, over {MAX_PIXELS} pixels")
+            if image.mode[0] in "IF":  # more than 8 bits, which PIL would clip
+                grey = np.asarray(image, dtype=np.float32)
+                image = Image.fromarray((255 * grey.clip(0) / max(grey.max(), 1e-6)).astype(np.uint8))
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA")).convert("RGB")
+        colour = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
+        light = colour.amax(1, keepdim=True)
+        if light.max() < 0.3:
+            raise ValueError("nothing in it is lit")
+        if torch.cat([light[..., 0], light[..., -1], light[..., 0, :], light[..., -1, :]], 2).mean() > 0.5:
+            raise ValueError("its background is not black")
+    except Exception as error:  # PIL has one for each way to be broken
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        common.fail(f"{path} is not a digit on black ({reason}): replace it or take it out of the folder")
+    lit = (light[0, 0] > 0.2 * light.max()).nonzero()
+    (top, left), (bottom, right) = lit.amin(0).tolist(), (lit.amax(0) + 1).tolist()
+    scale = 20 / max(bottom - top, right - left)
+    size = [max(1, round(scale * side)) for side in (bottom - top, right - left)]
+    digit = F.interpolate(light[..., top:bottom, left:right], size, mode="bilinear", antialias=True).clamp(0, 1)
+    at = [((digit[0, 0].sum(1 - k) @ torch.arange(n).float()) / digit.sum()).round().long().item()
+          for k, n in enumerate(size)]
+    down, across = (min(max(16 - a, 0), 32 - n) for a, n in zip(at, size))
+    grey = F.pad(digit, (across, 32 - size[1] - across, down, 32 - size[0] - down))
+    return colorize(grey, hue_of(colour))
+
+
+def load_folder(folder):
+    """-> names of all files in a folder, images (n, 3, 32, 32): see read_image."""
+    try:
+        names = sorted(name for name in os.listdir(folder) if os.path.isfile(os.path.join(folder, name)))
+    except OSError as error:
+        common.fail(f"no folder {folder} ({error.strerror}): name one that holds images of digits")
+    if not names:
+        common.fail(f"the folder {folder} holds no files: put images of digits there, coloured on black")
+    return names, torch.cat([read_image(os.path.join(folder, name)) for name in names])
 
 
 # ------------------------------------------------------------------------------------------------ colours
@@ -167,6 +216,24 @@ def save_pairs(path, x, y):
         print(f"warning: {problem}: free some space, then --resume writes it again")
 
 
+def save_folder(folder, names, x, y):
+    """Write translations y (N, M, 3, 32, 32) of the images x of a folder, and a figure, into FOLDER_translated."""
+    folder = os.path.normpath(folder) + "_translated"
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        common.fail(f"the folder {folder} cannot be made ({error.strerror}): free its name, or name another folder")
+    for name, images in zip(names, (127.5 * (y + 1)).round().byte().permute(0, 1, 3, 4, 2).cpu().numpy()):
+        for k, image in enumerate(images, 1):
+            path = os.path.join(folder, f"{name}_{k}.png")
+            problem = common.write_aside(path, lambda file: Image.fromarray(image).save(file, "png"))
+            if problem:
+                common.fail(f"{problem}: free some space, then --resume with --translate writes them again")
+    images = torch.cat([x[:, None].to(y), y], 1)[:24]
+    save_panels(os.path.join(folder, "figure.png"), "", (images.flatten(0, 1), images.shape[1], "x, and translations"))
+    print(f"wrote {y.shape[1]} translations of each of {len(names)} images, and a figure, into {folder}")
+
+
 def tiled(images, columns):
     """Images (n, 3, H, W) in [-1,1] as one picture, grey lines between: (rows, columns, 3) in [0,1], on the CPU."""
     images = F.pad((images.clamp(-1, 1).cpu() + 1) / 2, (1, 1, 1, 1), value=0.3)
@@ -177,8 +244,9 @@ def tiled(images, columns):
 def save_panels(path, title, *panels):
     """Write a figure of panels side by side, each (images (n, 3, H, W), columns, its title)."""
     widths = [columns for _, columns, _ in panels]
-    fig, axes = plt.subplots(1, len(panels), figsize=(sum(widths), 7.4), layout="constrained", width_ratios=widths)
-    for axis, (images, columns, panel_title) in zip(axes, panels):
+    fig, axes = plt.subplots(1, len(panels), figsize=(sum(widths), 7.4), layout="constrained", width_ratios=widths,
+                             squeeze=False)
+    for axis, (images, columns, panel_title) in zip(axes[0], panels):
         axis.imshow(tiled(images, columns).numpy())
         axis.set_title(panel_title)
         axis.axis("off")

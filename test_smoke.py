@@ -358,9 +358,14 @@ def exact_cost(x, y):
 def test_cmnist():
     name = "cmnist_eps0.1_seed0_smoke"
     folder, output, values = whole(name)
-    assert written(folder) == {f"{name}.pt", f"{name}.png", f"{name}_pairs.pt"}
+    controls = {f"{name}_control_base.pt", f"{name}_control_nearest.pt"}
+    assert written(folder) == {f"{name}.pt", f"{name}.png", f"{name}_pairs.pt"} | controls
     scores, (x, y) = final(output), pairs_of(folder, name)
     assert y.shape == (6, values["TRANSLATIONS"], 3, 32, 32)
+    painted = torch.load(folder / f"{name}_control_nearest.pt", weights_only=True)["y"]  # a 3 of the training set
+    light = painted.amax((1, 2)).flatten(1) / 2 + 0.5
+    assert torch.cdist(light, values["grey_targets"].flatten(1)).amin(1).max() < 0.02
+    assert "control base cost" in output and "control nearest cost" in output
     assert scores["cost"] == pytest.approx((y - x[:, None]).square().sum((2, 3, 4)).mean().item() / 2, rel=1e-3)
     assert scores["spread"] == pytest.approx((y[:, 0] - y[:, 1]).abs().mean().item() / 2 ** 0.5, rel=1e-3)  # of two
     assert scores["ot_cost"] == pytest.approx(exact_cost(x, values["test_real"]), rel=1e-3)
