@@ -858,10 +858,13 @@ class Run:
         for number, handler in before.items():  # all is saved: from here on a signal ends the process at once
             signal.signal(number, handler)
         if self.world > 1:
+            agreed([0])  # none leaves while another still receives chains
+            if self.rank:
+                time.sleep(3)  # the first process closes the connection: both at once can hang, in torch 2.4
+                os._exit(0)
             distributed.destroy_process_group()
-            if self.asked:
+            if self.asked:  # torchrun would kill the scores of a run that was told to stop
                 print(f"stopped at step {self.step}, saved: --resume goes on")
-            if self.rank or self.asked:  # torchrun would kill the scores of a run that was told to stop
                 raise SystemExit(0)
 
     def part_ways(self):

@@ -31,7 +31,8 @@ def load_digits(root, digit, train, synthetic=False):
         return synthetic_digits(digit, 40 if train else 6, torch.Generator().manual_seed(2 * digit + train))
     socket.setdefaulttimeout(30)  # seconds: without it a network that drops packets hangs a download for ever
     try:
-        mnist = MNIST(root, train=train, download=True)
+        with common.in_turn():
+            mnist = MNIST(root, train=train, download=True)
         grey = mnist.data[torch.as_tensor(mnist.targets) == digit]
     except Exception as error:  # no network, half a file, no permission: torchvision has an exception for each
         reason = (str(error).splitlines() or [type(error).__name__])[0][:100]

@@ -291,6 +291,32 @@ def random_generator(z_dim=512, w_dim=512, resolution=512, channel_base=32768, c
     return G
 
 
+class Shapes(nn.Module):
+    """In a generator's place, for checks that are to be seen: a square and a disc before a shaded background,
+    z (N, 32) -> (N, 3, resolution, resolution), about [-1, 1].  A random mapping network turns the direction of z into
+    33 numbers of about N(0, 1) each, and the image shows them all."""
+    z_dim, img_resolution = 32, 32
+
+    def __init__(self):
+        super().__init__()
+        self.mapping = random_generator(32, 64, 4, 4, 1, num_layers=2).mapping
+        generator = torch.Generator().manual_seed(0)
+        self.register_buffer("read", 1.2 * torch.linalg.qr(torch.randn(64, 33, generator=generator))[0])
+        self.mapping.w_avg.copy_(self.mapping(torch.randn(4096, 32, generator=generator))[:, 0].mean(0))
+
+    def forward(self, z, resolution=32, fp16=None):
+        shades, *shapes = ((self.mapping(z)[:, 0] - self.mapping.w_avg) @ self.read)[..., None].split((15, 9, 9), 1)
+        at = torch.linspace(-1, 1, 2 * resolution + 1, device=z.device)[1::2]
+        v, u = (grid.flatten() for grid in torch.meshgrid(at, at, indexing="ij"))
+        image = 0.15 * shades.view(-1, 3, 5) @ torch.stack([torch.ones_like(u), u, v, u * v, u * u - v * v])
+        for distance, numbers in zip((lambda x, y: torch.maximum(x.abs(), y.abs()), torch.hypot), shapes):
+            x, y, size, colour, shade = numbers.split((1, 1, 1, 3, 3), 1)
+            x, y = u - 0.35 * x, v - 0.35 * y
+            inside = 0.4 * (0.3 * size).exp() - distance(x, y)  # (N, 1, pixels)
+            image = image.lerp(0.8 * (0.8 * colour).tanh() + 0.7 * shade * x, (inside / 0.05).sigmoid())
+        return image.unflatten(2, (resolution, resolution))
+
+
 # ------------------------------------------------------------------------------------------------ the file
 
 class BadFile(ValueError):

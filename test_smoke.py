@@ -398,6 +398,8 @@ def test_afhq():
     assert np.abs(shown - values["full_images"](z)[0].clamp(0, 1).permute(1, 2, 0).numpy()).max() < 0.51 / 255
     x, y = values["photographs"](values["test_rows"]), values["images"](values["translations"])
     assert final(output)["cost"] == pytest.approx(values["AREA"] * (x - y).square().sum(1).mean().item() / 2, rel=1e-3)
+    exact = ot.emd2([], [], values["matrix"].numpy())
+    assert final(output)["assigned_cost"] == pytest.approx(exact, rel=1e-3) and "discrete_cost" in final(output)
     with Image.open(folder / f"{name}.png") as picture:
         assert picture.size == (6 * 256, 6 * 256)  # six sources, each with five translations
 

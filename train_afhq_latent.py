@@ -6,10 +6,12 @@
     f(z)        scale net(sqrt(512) z/|z|) - eps |z|^2/2, so that pi_f(z|x) ~ N(z; 0, I) exp((scale net - c)/eps) is a
                 probability law from the start; G sees only the direction of z, and net needs no more
     ascend      E_Q f(z) - E_P E_{pi_f(.|x)} f(z)              Algorithm 1 of Mokrov et al., ICLR 2024
+    sample      a chain starts hot at a latent of a pool, cools to eps by Hamiltonian Monte Carlo, and ends at age LIFE.
+                Chains for new images do just what chains in training do, so that they too get the law N(0, I)
 
-    python train_afhq_latent.py --source cat --data afhq --generator afhqdog.pkl     a night on a GTX 1080 Ti
-    python train_afhq_latent.py --check      the same code on a generator of random weights in 32 dimensions, against
-                                             discrete OT: 8 minutes on one CPU core, 5 of them training, 1.6 GiB
+    python train_afhq_latent.py --source cat --data afhq --generator afhqdog.pkl     by count 19 h on a GTX 1080 Ti
+    python train_afhq_latent.py --check      the same code on a made-up generator of shapes, against discrete OT: 7
+                                             minutes on one CPU core, 2.6 GiB; --eps 0.001: c/eps as in the real run
     python train_afhq_latent.py --smoke      the same path in seconds
 
 --data: AFHQ as the stargan-v2 project released it (v1: train/cat/*.jpg, val/cat/...; v2: test/cat/...), or any folder
@@ -17,17 +19,14 @@ of images, of which every tenth is then held out.  --generator: afhqdog.pkl of N
 Writes beside itself (or under --out) afhq_cat_eps1_seed0.pt, which --resume carries on from, and a figure (.png), each
 row a source and five translations.  --translate DIR also writes the held-out images' translations, for eval_fid.py.
 
-Not yet run on the official files.  By count a step is 19.7 TFLOP: 8 000 steps and the scores take 10.8 h at 4.4 TFLOP/s
-(40 % of a GTX 1080 Ti) and 5 GB.  The paper's run took four A100s and some 2 700 Langevin steps per source, at 512x512.
-Here a source gets some 200, and the cost sees G stopped at SIDE, with its colours matched.  In return chains start from
-a discrete plan, Metropolis' test allows longer steps, and chains jump between latents whose images are kept.
+Not yet run on the official files.  By count a step is 109 TFLOP: 2 500 steps and the scores take 19 h at 4.4 TFLOP/s
+(40 % of a GTX 1080 Ti) or 2.5 h at 33 (40 % of an RTX 4090), and 5 GB.  What the log of --check --eps 0.001 says, to
+know in the first ten minutes that it works: accept 0.55 to 0.8; cost, of chains that end, a tenth of "at its best" by
+step 16, rising to a half; ks 0.35 at step 40, 0.17 at 110, 0.06 at 230; gap within 5; max_param below 0.6.
 
-The scores, of translations of the held-out images:
-    cost               mean c; independent_cost: with latents drawn regardless of x
-    latent_...         var, square and ks: 1, 1 and exact_ks if the latents are N(0, I)
-    discrete_cost      mean c of POT's entropic plan between these images and as many latents; assigned_cost: of the
-                       cheapest pairing
-    zero_...           the same with nothing learned, net = 0 (--check, --smoke)
+Scores, of translations of the held-out images: cost, mean c; latent_var, _square and _ks: 1, 1 and exact_ks for
+N(0, I); zero_...: with nothing learned, net = 0 (--check, --smoke).  Mean c of POT's entropic plan between these images
+and as many latents (discrete_cost), of the cheapest pairing (assigned_cost), of unrelated latents (independent_cost).
 """
 import common  # first, so that Ctrl-C during the slow imports below ends without a traceback
 
@@ -62,27 +61,22 @@ warnings.filterwarnings("ignore", module="PIL")  # of transparency, which is dro
 # ---------------------------------------------------------------------------------------------- constants
 EPS, SEED = args.eps, args.seed
 SIDE = 128               # of the images the cost sees: half the arithmetic of 512, a quarter of its memory
-STEPS = 8000             # Adam steps
-BATCH = 32               # chains moved per step
-N_LANGEVIN = 4           # Langevin steps of a chain per training step; starting them costs one more evaluation of G
-ETA, ACCEPT = 6e-5, 0.6  # first Langevin step (the paper's), and the accepted fraction it is then led to
-POOL, CANDIDATES = 2048, 512  # latents whose images are kept, and how many of them a training step offers for jumps
-RESTART = 0.05           # share of the chains per step that must jump: f still gets samples where chains freeze
+STEPS = 2500             # Adam steps
+NEW, LIFE, COOL = 8, 16, 8  # chains started per step; trajectories of a chain; of these, those while it cools to EPS
+HOT = 0.05               # temperature of the start, over the mean least cost between a source and the pool
+LEAP, ETA, ACCEPT = 6, 0.15, 0.7  # steps of a trajectory, their size at HOT at first, the accepted share it is led to
+CHUNK = 32               # latents that G takes at once: bounds the memory
+POOL = 2048              # latents whose images are kept: chains start from them
 WIDTH, DEPTH = 512, 3    # of net
 SCALE = 0.05             # of net, over the spread between latents of their mean cost: what net has to make up for
-LR, BETAS, WARMUP = 5e-4, (0.9, 0.99), 50  # of Adam; rises in WARMUP steps, then falls to 0 by a cosine
-EMA_DECAY = 0.998        # of the weights, per step
-SAMPLE_STEPS = 10        # of N_LANGEVIN Langevin steps and a jump each: a translation, from the best of the pool
+LR, BETAS, WARMUP = 3e-4, (0.9, 0.99), 50  # of Adam; rises in WARMUP steps, then falls to 0 by a cosine
+EMA_DECAY, ENDED = 0.999, 1024  # of the weights, per step; chains that ended last, on whose latents the log has ks
 PER_IMAGE = 4            # translations of each held-out image
 MAX_PIXELS = 50_000_000  # of one image: a file of kilobytes can unpack to gigabytes, and several are read at once
-HIDDEN, HELD_OUT, NOISE = 0, 0, 0.0  # of the made-up problem: training and held-out images, pixel noise
 if args.check:
-    SIDE, STEPS, BATCH, N_LANGEVIN, ETA, WIDTH = 32, 800, 128, 2, 0.02, 256
-    PER_IMAGE, HIDDEN, HELD_OUT, NOISE = 1, 4096, 2000, 0.05
+    SIDE, STEPS, NEW, CHUNK, WIDTH, PER_IMAGE = 16, 4000, 8, 128, 256, 1
 if args.smoke:
-    SIDE, STEPS, BATCH, N_LANGEVIN, ETA, WIDTH, POOL, CANDIDATES, SAMPLE_STEPS = 16, 12, 8, 1, 0.02, 16, 32, 16, 2
-    HIDDEN, HELD_OUT, NOISE = 24, 6, 0.05
-LOG_EVERY = max(1, STEPS // (200 if STEPS > 5000 else 12))
+    SIDE, STEPS, LIFE, COOL, LEAP, CHUNK, WIDTH, POOL, ENDED = 16, 12, 4, 2, 2, 16, 16, 32, 8
 CONSTANTS = common.constants_of(globals())
 
 made_up = args.check or args.smoke
@@ -103,31 +97,24 @@ def write_png(path, image):
     return common.write_aside(path, lambda file: Image.fromarray(data).save(file, "png"))
 
 
-# ---------------------------------------------------------------------------------------------- the made-up problem
+# --------------------------------------------------------------------------------------- only for --check and --smoke
 
 @torch.no_grad()
-def make_up(folder):
-    """Only for --check and --smoke -> a generator of random weights, 32 dimensions, 32x32, pixels 0.5 +- 0.16.
-    Writes images of it, with noise, as PNG files in AFHQ's layout.  Their latents are Gaussian, but shifted by about
-    0.8 and scaled by 0.5 to 2 along every axis."""
-    G = stylegan2.random_generator(32, 32, 32, channel_base=256, channel_max=16, num_layers=2, conv_clamp=None)
-    for module in G.modules():
-        if isinstance(module, stylegan2.ToRGB):
-            module.weight.mul_(0.25)
-    if args.resume and os.path.isdir(folder):
+def make_up(folder, hidden, held_out):
+    """-> the generator.  Writes images of it, with noise, as PNG files in AFHQ's layout, so many to learn from and so
+    many held out.  Their latents are Gaussian, but shifted by about 0.8 and scaled by 0.5 to 2 along every axis."""
+    G, generator = stylegan2.Shapes(), torch.Generator().manual_seed(0)
+    if (args.resume or common.ranks()[0]) and os.path.isdir(folder):
         return G
     for split in ("train", "val"):
         make_folder(os.path.join(folder, split, args.source))
-    generator = torch.Generator().manual_seed(0)
     shift = 0.8 * torch.randn(32, generator=generator)
-    z = torch.randn(HIDDEN + HELD_OUT, 32, generator=generator) * torch.linspace(-0.7, 0.7, 32).exp() + shift
-    for i, part in enumerate(z.split(256)):
-        x = (G(part) + 1) / 2
-        for k, image in enumerate(x + NOISE * torch.randn(x.shape, generator=generator), 256 * i):
-            path = os.path.join(folder, "train" if k < HIDDEN else "val", args.source, f"{k:05d}.png")
-            problem = write_png(path, image)
-            if problem:
-                common.fail(f"{problem}: free some space or name another --out")
+    z = torch.randn(hidden + held_out, 32, generator=generator) * torch.linspace(-0.7, 0.7, 32).exp() + shift
+    x = torch.cat([(G(part) + 1) / 2 for part in z.split(256)])
+    for k, image in enumerate(x + 0.05 * torch.randn(x.shape, generator=generator)):
+        path = os.path.join(folder, "train" if k < hidden else "val", args.source, f"{k:05d}.png")
+        if problem := write_png(path, image):
+            common.fail(f"{problem}: free some space or name another --out")
     return G
 
 
@@ -135,7 +122,8 @@ def make_up(folder):
 
 if made_up:
     args.data = f"{name}_data"
-    G = make_up(args.data)
+    with common.in_turn():
+        G = make_up(args.data, *(24, 6) if args.smoke else (8192, 2000))
 elif not os.path.isfile(args.generator):
     common.fail(f"no generator {args.generator}: download afhqdog.pkl of NVIDIA's StyleGAN2-ADA-PyTorch release "
                 f"(folder pretrained) to there, or name where it is with --generator")
@@ -180,15 +168,15 @@ def list_images():
     return train, held_out
 
 
-def decode(path):
-    """A file's central square, averaged down: (SIDE, SIDE, 3) bytes."""
+def decode(path, side=None):
+    """A file's central square, averaged down: (side, side, 3) bytes, SIDE by default."""
     try:
         with Image.open(path) as image:  # reads the header only
             if image.mode[0] in "IF":
                 raise ValueError("not 8 bits per channel")  # PIL would clip them to white or black
             if math.prod(image.size) > MAX_PIXELS:
                 raise ValueError(f"{image.width}x{image.height}, over {MAX_PIXELS} pixels")
-            return np.array(ImageOps.fit(image.convert("RGB"), (SIDE, SIDE), Image.Resampling.BOX))
+            return np.array(ImageOps.fit(image.convert("RGB"), 2 * [side or SIDE], Image.Resampling.BOX))
     except Exception as error:  # PIL has one for each way to be broken
         reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
         raise ValueError(f"{path} is not a usable image ({reason}): replace or delete it") from None
@@ -200,10 +188,10 @@ if args.translate:
 print(f"decoding {len(train)} sources and {len(held_out)} held-out images")
 with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
     try:
-        pixels = torch.from_numpy(np.stack(list(threads.map(decode, train + held_out))))  # (n, SIDE, SIDE, 3)
+        pixels = torch.from_numpy(np.stack(list(threads.map(decode, train + held_out)))).to(device)
     except ValueError as error:
         common.fail(str(error))
-CONSTANTS["IMAGES"] = hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:16]  # resumed with these only
+CONSTANTS["IMAGES"] = hashlib.sha256(pixels.cpu().numpy().tobytes()).hexdigest()[:16]  # resumed with these only
 
 
 # ---------------------------------------------------------------------------------------------- cost
@@ -224,14 +212,14 @@ def match_colours(n=64):
 
 def images(z):
     """G(z) as the cost sees it: (n, D) -> (n, 3 SIDE SIDE), in [0,1] less pool_mean."""
-    image = torch.cat([G(part, resolution=SIDE, fp16=False) for part in z.split(BATCH)])  # fp16 is too coarse, as TF32
+    image = torch.cat([G(part, resolution=SIDE, fp16=False) for part in z.split(CHUNK)])  # fp16 is too coarse, as TF32
     image = torch.einsum("oc,bohw->bchw", colours[:3], image) + colours[3, :, None, None]
     return image.flatten(1) - pool_mean
 
 
 def photographs(rows):
     """Row numbers of pixels -> images (n, 3 SIDE SIDE), in [0,1] less pool_mean."""
-    return pixels[rows.cpu()].to(device).permute(0, 3, 1, 2).flatten(1).float() / 255 - pool_mean
+    return pixels[rows].permute(0, 3, 1, 2).flatten(1).float() / 255 - pool_mean
 
 
 def cost(x, z):
@@ -250,6 +238,10 @@ pool = torch.randn(POOL, D, generator=torch.Generator().manual_seed(SEED)).to(de
 pool_images = images(pool)
 pool_mean = pool_images.mean(0)  # taken off every image from here on: less cancels in the matrix product of costs()
 pool_images -= pool_mean
+to_pool = costs(photographs(slice(0, len(train), 1 + len(train) // 512)), pool_images)
+hot = max(EPS, HOT * to_pool.amin(1).mean().item())
+temperatures = EPS * (hot / EPS) ** (1 - torch.arange(LIFE, device=device) / COOL).clamp(min=0)  # of chains, by age
+print(f"cost {to_pool.mean():.4g} in the pool, {to_pool.amin(1).mean():.4g} at its best; chains start at {hot:.3g}")
 
 
 # ---------------------------------------------------------------------------------------------- potential and sampler
@@ -268,50 +260,48 @@ class Potential(torch.nn.Module):
 
 
 @torch.no_grad()
-def jump(f, x, z, log_p, candidates):
-    """One long move per chain: to one of these rows of the pool, or none, since the chain's own z is among the choices.
-    A choice has the weight pi_f(z_j|x) / N(z_j; 0, I), as in iterated sampling importance resampling: exact for fresh
-    z_j ~ N(0, I).  A pool that stays the same pulls chains towards its own sample, less the larger it is.
-    log_p (B,): that of z as mala returns it; -inf forces a chain to leave.  -> z (B, D), moved fraction."""
-    others = pool[candidates]
-    log_w = (f(others) - costs(x, pool_images[candidates])) / EPS + others.square().sum(1) / 2
-    log_w = torch.cat([log_w, (log_p + z.square().sum(1) / 2)[:, None]], 1)
-    k = (log_w - torch.empty_like(log_w).exponential_().log()).argmax(1, keepdim=True)  # a draw by weight (Gumbel)
-    moved = k < len(candidates)
-    return torch.where(moved, others[k.squeeze(1).clamp(max=len(candidates) - 1)], z), moved.float().mean()
+def start(f, x):
+    """Chains for x (B, 3 SIDE SIDE): to each a latent of the pool, drawn by its weight at the hot temperature."""
+    log_w = (f(pool) + EPS * pool.square().sum(1) / 2 - costs(x, pool_images)) / hot
+    return pool[(log_w - torch.empty_like(log_w).exponential_().log()).argmax(1)]  # a draw by weight (Gumbel)
 
 
-def step_chains(f, x, z, candidates, leave=0.0):
-    """N_LANGEVIN Langevin steps, then a jump, which a share `leave` of the chains must take.
-    -> z (B, D), fraction that jumped, accepted fraction of the Langevin steps."""
-    z, log_p, accepted = common.mala(f, x, z, EPS, bank.eta, N_LANGEVIN, cost)
-    log_p = torch.where(torch.rand_like(log_p) < leave, -torch.inf, log_p)
-    return *jump(f, x, z, log_p, candidates), accepted.mean()
+@torch.no_grad()
+def trajectory(f, x, z, temperature, eta):
+    """Hamiltonian Monte Carlo on N(z; 0, I) exp((scale net - c)/temperature), which at EPS is pi_f(.|x): LEAP leapfrog
+    steps per chain, then Metropolis' test, exact for any eta.  In narrow valleys momentum gets as far in n steps as
+    Langevin in n^2.  The length of z, which G does not see, is drawn afresh.  -> z (B, D), accepted (B,)."""
+    f_hot = lambda z: f(z) + (EPS - temperature) * z.square().sum(1) / 2
+    log_p, grad = common.log_p_and_grad(f_hot, x, z, temperature, cost)
+    momentum, new, eta = torch.randn_like(z), z, eta[:, None]
+    log_ratio = momentum.square().sum(1) / 2 - log_p
+    for _ in range(LEAP):
+        momentum = momentum + eta / 2 * grad
+        new = new + eta * momentum
+        log_p, grad = common.log_p_and_grad(f_hot, x, new, temperature, cost)
+        momentum = momentum + eta / 2 * grad
+    log_ratio += log_p - momentum.square().sum(1) / 2
+    taken = torch.rand_like(log_p).log() < log_ratio  # nan compares False: a broken proposal is refused
+    z = torch.where(taken[:, None], new, z)
+    return z * (torch.randn_like(z).norm(dim=1) / z.norm(dim=1))[:, None], taken.float()
 
 
 @torch.no_grad()
 def translate(f, rows):
-    """For the photographs in these rows, by chains that start in the pool -> z ~ pi_f(.|x) (n, D), their mean cost."""
-    out, total, everything = [], 0.0, torch.arange(POOL, device=device)
-    for i, part in enumerate(rows.split(BATCH)):
+    """For the photographs in these rows, by what chains do in training -> z ~ pi_f(.|x) (n, D), their mean cost."""
+    out = []
+    for i, part in enumerate(rows.split(CHUNK)):
         if i % 8 == 7:
-            print(f"translated {i * BATCH}/{len(rows)}  {common.peak_mib(device):.0f} MiB")
+            print(f"translated {i * CHUNK}/{len(rows)}  {common.peak_mib(device):.0f} MiB")
         x = photographs(part)
-        nowhere, never = torch.zeros(len(x), D, device=device), torch.full((len(x),), -torch.inf, device=device)
-        z, _ = jump(f, x, nowhere, never, everything)
-        for _ in range(SAMPLE_STEPS):
-            z, _, _ = step_chains(f, x, z, everything)
-        out.append(z)
-        total += cost(x, z).sum()
-    return torch.cat(out), total.item() / len(rows)
+        z = start(f, x)
+        for age in range(LIFE):
+            z, _ = trajectory(f, x, z, temperatures[age].expand(len(z)), bank.eta[age].expand(len(z)))
+        out.append(torch.cat([z, cost(x, z)[:, None]], 1))
+    return torch.cat(out)[:, :-1], torch.cat(out)[:, -1].mean().item()
 
 
 # ---------------------------------------------------------------------------------------------- scores
-
-def assigned(cost_matrix):
-    """The pairing of least total cost: row i gets column [i] of this."""
-    return torch.from_numpy(linear_sum_assignment(cost_matrix.cpu().numpy())[1])
-
 
 def discrete_plan_cost(cost_matrix):
     """Cost of the discrete entropic plan at EPS (POT, eps halved down to it), and its marginal error, L1."""
@@ -337,51 +327,59 @@ def normality_stats(z):
 
 # ---------------------------------------------------------------------------------------------- training
 
-spread = costs(photographs(torch.arange(0, len(train), 1 + len(train) // 512)), pool_images).mean(0).std()
-f, f_avg = (Potential(SCALE * spread).to(device) for _ in range(2))
+f, f_avg = (Potential(SCALE * to_pool.mean(0).std()).to(device) for _ in range(2))
 f_avg.load_state_dict(f.state_dict())
 opt = torch.optim.Adam(f.net.parameters(), lr=LR, betas=BETAS)
-row_numbers = torch.arange(len(train))  # the chains' sources: their images stay in pixels
-bank = common.Bank(row_numbers, torch.randn(len(train), D), eta=torch.tensor(ETA * min(EPS, 1.0))).to(device)
+order = torch.randperm(len(train), device=device)  # of the sources: in turn, so that none is seen more than another
+# NEW lanes of chains, LIFE in each, by age: in a step all grow older by one trajectory, one starts and one ends
+bank = common.Bank(torch.zeros(NEW, LIFE, 3 * SIDE ** 2), torch.zeros(NEW, LIFE, D), ended=torch.zeros(ENDED, D),
+                   eta=ETA * (temperatures / hot).sqrt()).to(device)
 
-run = common.Run(args, f"{name}.pt", {"f": f, "f_avg": f_avg, "opt": opt, "bank": bank}, STEPS, LOG_EVERY, CONSTANTS)
-if not args.resume:  # pair sources and latents at the least cost: a discrete plan, whose latents have the law Q
-    for rows in bank.x.split(POOL):
-        bank.y[rows] = bank.y[rows][assigned(costs(photographs(rows), images(bank.y[rows]))).to(device)]
+run = common.Run(args, f"{name}.pt", {"f": f, "f_avg": f_avg, "opt": opt, "bank": bank}, STEPS, STEPS // 12, CONSTANTS)
+if not args.resume:
+    bank.x[:] = photographs(common.stratified_rows(len(train), NEW * LIFE, device)).unflatten(0, (NEW, LIFE))
+    bank.y[:] = start(f, bank.x.flatten(0, 1)).unflatten(0, (NEW, LIFE))
 for step in run.steps():
     opt.param_groups[0]["lr"] = common.warm_cosine(LR, step, WARMUP, STEPS)
-    rows, candidates = bank.rows(BATCH), torch.randperm(POOL, device=device)[:CANDIDATES]
-    z, jumped, accepted = step_chains(f, photographs(rows), bank.y[rows], candidates, RESTART)
-    bank.y[rows] = z
+    lanes = bank.rows(NEW)
+    x, z = photographs(order[(NEW * step + lanes) % len(order)]), bank.y[lanes]
+    bank.ended = torch.cat([z[:, -1], bank.ended[:-len(lanes)]])
+    z = torch.cat([start(f, x)[:, None], z[:, :-1]], 1).flatten(0, 1)
+    x = torch.cat([x[:, None], bank.x[lanes, :-1]], 1).flatten(0, 1)
+    chains = x, z, temperatures.repeat(len(lanes)), bank.eta.repeat(len(lanes))
+    parts = zip(*(values.split(CHUNK) for values in chains))
+    z, accepted = (torch.cat(values).unflatten(0, (-1, LIFE)) for values in zip(*(trajectory(f, *p) for p in parts)))
+    x, accepted = x.unflatten(0, (-1, LIFE)), accepted.mean(0)
+    bank.x[lanes], bank.y[lanes] = x, z
     bank.eta *= torch.exp(0.03 * (accepted - ACCEPT))
-    gap = common.train_step(f, opt, torch.randn(2 * BATCH, D, device=device), z)
+    gap = common.train_step(f, opt, torch.randn(2 * len(chains[0]), D, device=device), z[:, COOL:].flatten(0, 1))
     common.update_ema(f_avg, f, EMA_DECAY, step)
     if run.due():
-        run.log({"gap": 1e3, "square": 1e3, "max_param": 1e3}, gap=gap / f.scale, **normality_stats(bank.y),
-                eta=bank.eta, accept=accepted, jump=jumped, max_param=common.max_param(f.net))
+        run.log({"gap": 1e3, "max_param": 1e3}, gap=gap / f.scale, **normality_stats(bank.ended[:len(lanes) * step]),
+                cost=cost(x[:, -1], z[:, -1]).mean(), accept=accepted.mean(), eta_hot=bank.eta[0],
+                eta_cold=bank.eta[-1], max_param=common.max_param(f.net))
 
 
 # ---------------------------------------------------------------------------------------------- results
 
-test_rows = torch.arange(len(train), len(train) + len(held_out)).repeat_interleave(PER_IMAGE)
+test_rows = torch.arange(len(train), len(train) + len(held_out), device=device).repeat_interleave(PER_IMAGE)
 translations, mean_cost = translate(f_avg, test_rows)
 scores = {"cost": mean_cost, **{f"latent_{k}": v.item() for k, v in normality_stats(translations).items()}}
-
-scored = test_rows[torch.randperm(len(test_rows))[:2000]]
+scored = test_rows[torch.randperm(len(test_rows), device=device)[:2000]]
 matrix = costs(photographs(scored), images(torch.randn(len(scored), D, device=device))).double().cpu()
 scores["discrete_cost"], marginal_error = discrete_plan_cost(matrix)
 if marginal_error > 0.01:
     print(f"warning: the discrete entropic plan has not converged (marginal error {marginal_error:.2g})")
-scores["assigned_cost"] = matrix[torch.arange(len(matrix)), assigned(matrix)].mean().item()
+scores["assigned_cost"] = matrix[linear_sum_assignment(matrix)].mean().item()
 scores["independent_cost"] = matrix.mean().item()
 scores["exact_ks"] = normality_stats(torch.randn_like(translations))["ks"].item()
 
 if made_up:  # the same sampler with nothing learned
-    untrained, mean_cost = translate(Potential(0.0).to(device), test_rows)
-    scores |= {"zero_cost": mean_cost, **{f"zero_{k}": v.item() for k, v in normality_stats(untrained).items()}}
+    untrained, scores["zero_cost"] = translate(Potential(0.0).to(device), test_rows)
+    scores |= {f"zero_{k}": v.item() for k, v in normality_stats(untrained).items()}
 
 shown = test_rows.unique()[::math.ceil(len(held_out) / 6)]
-sources = (photographs(shown) + pool_mean).cpu().unflatten(1, (3, SIDE, SIDE))
+sources = torch.from_numpy(np.stack([decode(held_out[k - len(train)], 256) for k in shown])).permute(0, 3, 1, 2) / 255
 columns = full_images(translate(f_avg, shown.repeat_interleave(5))[0]).unflatten(0, (len(shown), 5)).unbind(1)
 columns = [F.interpolate(column, size=(256, 256), mode="area") for column in (sources, *columns)]
 problem = write_png(f"{name}.png", torch.cat([torch.cat(list(column), 1) for column in columns], 2))
@@ -390,8 +388,7 @@ print(f"warning: {problem}: free some space, then --resume" if problem else f"wr
 for i, z in enumerate(translations.split(1) if args.translate else ()):
     number, copy = divmod(i, PER_IMAGE)
     stem = os.path.splitext(os.path.basename(held_out[number]))[0][:50]  # the number keeps a.jpg and a.png apart
-    problem = write_png(os.path.join(args.translate, f"{number:05d}_{stem}_{copy}.png"), full_images(z)[0])
-    if problem:
+    if problem := write_png(os.path.join(args.translate, f"{number:05d}_{stem}_{copy}.png"), full_images(z)[0]):
         common.fail(f"{problem}: free some space, then --resume with --translate again")
 
 print(f"final eps {EPS:g} " + " ".join(f"{k} {v:.4g}" for k, v in scores.items()) + f" train_s {run.seconds:.1f}",
