@@ -81,7 +81,8 @@ def read_image(path):
     """One digit in colour on black, any format, size and mode: (1, 3, 32, 32) in [-1,1], made as MNIST was.
 
     Laid on black where it is transparent; cut to what is lit; 20 pixels on its longer side; its centre of mass in the
-    middle.  Brightness is that of the brightest channel, painted in the hue of the summed colour; grey becomes red."""
+    middle.  Brightness is that of the brightest channel, up to 1, painted in the hue of the summed colour; grey becomes
+    red."""
     try:
         with Image.open(path) as image:  # reads the header only
             if math.prod(image.size) > MAX_PIXELS:
@@ -103,7 +104,8 @@ def read_image(path):
     (top, left), (bottom, right) = lit.amin(0).tolist(), (lit.amax(0) + 1).tolist()
     scale = 20 / max(bottom - top, right - left)
     size = [max(1, round(scale * side)) for side in (bottom - top, right - left)]
-    digit = F.interpolate(light[..., top:bottom, left:right], size, mode="bilinear", antialias=True).clamp(0, 1)
+    digit = (light / light.max())[..., top:bottom, left:right]
+    digit = F.interpolate(digit, size, mode="bilinear", antialias=True).clamp(0, 1)
     at = [((digit[0, 0].sum(1 - k) @ torch.arange(n).float()) / digit.sum()).round().long().item()
           for k, n in enumerate(size)]
     down, across = (min(max(16 - a, 0), 32 - n) for a, n in zip(at, size))

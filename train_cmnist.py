@@ -25,9 +25,10 @@ plan, takes SAMPLE_STEPS Langevin steps, and ends with the mean of the image y0 
 and x (Tweedie):   E[y0|y,x] = y + NOISE^2 grad_y log pi_f(y|x)
 
 --translate: any image format, size and mode, one digit on black in a colour of full saturation.  It is laid on black
-where it is transparent, and its brightness is that of its brightest channel.  Then it is made as MNIST was: cut to
-what is lit, shrunk or enlarged to 20 pixels, put with its centre of mass into the middle of 32x32, and painted in the
-hue of its summed colour.  A grey one becomes red.  FOLDER_translated gets TRANSLATIONS files of each and a figure.
+where it is transparent, and its brightness is that of its brightest channel, up to 1.  Then it is made as MNIST was:
+cut to what is lit, shrunk or enlarged to 20 pixels, put with its centre of mass into the middle of 32x32, and painted
+in the hue of its summed colour.  A grey one becomes red.  FOLDER_translated gets TRANSLATIONS files of each and a
+figure.
 
 In the log, cost and hue_err are those of the chains; their noise adds 3072 NOISE^2 / 2 to the cost.  The last line
 scores the translations of the test 2s: see digits.digit_scores.  The lines `control` give the same scores to the base
