@@ -27,6 +27,7 @@ import datetime
 import math
 import time
 import zipfile
+import zlib
 
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # CPU threads spin for ms by default: ten times slower on busy cores
 
@@ -317,7 +318,7 @@ def max_param(*nets):
 def stratified_rows(n_rows, n, device=None):
     """n of n_rows row numbers, one from each of n equal stretches, each row equally likely: (n,) int64."""
     u = torch.rand(n, dtype=torch.float64, device=device)
-    return ((torch.arange(n, device=device) + u) * (n_rows / n)).long().clamp_(max=n_rows - 1)
+    return ((torch.arange(n, device=device) + u) * (n_rows / max(n, 1))).long().clamp_(max=n_rows - 1)
 
 
 def kd_order(points):
@@ -351,7 +352,7 @@ class Bank(nn.Module):
     def rows(self, n):
         """Row numbers of this process's share of n chains, spread evenly over its own: (n,) int64."""
         low, high = self.stretch(ranks()[0])
-        return low + stratified_rows(high - low, share(n), self.x.device)
+        return low + stratified_rows(high - low, min(share(n), high - low), self.x.device)
 
     def gather(self):
         """Bring all ranks' chains to all."""
@@ -363,17 +364,20 @@ class Bank(nn.Module):
 
 # ------------------------------------------------------------------------------------------------ several processes
 # torchrun --nproc_per_node=N train_cmnist.py: every process has its stretch of the chains and its random stream, takes
-# its share of each batch, and gradients are averaged, so that a step is that of one process with the whole batch.
+# its share of each batch, and gradients are averaged, so that a step is that of one process with the whole batch (where
+# N divides it; else shares are rounded up).  Each leads its own Langevin step; the first one's is saved.
+together = False
 
 def ranks():
-    """This process's number and how many train together: (0, 1) unless torchrun started it."""
-    together = distributed.is_available() and distributed.is_initialized()
+    """This process's number and how many train together: (0, 1) unless torchrun started it, and after the training."""
     return (distributed.get_rank(), distributed.get_world_size()) if together else (0, 1)
 
 
-def share(n):
-    """How many of a step's n samples are drawn by this process."""
-    return -(-n // ranks()[1])
+def share(n, step=None):
+    """How many of a step's n samples are drawn by this process: n / N rounded up, or, given the number of the step, now
+    up and now down, exact over the steps."""
+    world = ranks()[1]
+    return -(-n // world) if step is None else n * step // world - n * (step - 1) // world
 
 
 @contextlib.contextmanager
@@ -423,8 +427,10 @@ def started_by_torchrun():
 
 def join_ranks(device):
     """Join the other processes that torchrun has started; only the first one goes on printing."""
+    global together
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     distributed.init_process_group(backend, timeout=datetime.timedelta(hours=1))  # the first may be downloading
+    together = True
     if ranks()[0]:
         sys.stdout = Console(open(os.devnull, "w"))
 
@@ -670,14 +676,16 @@ def pick_device(name):
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         card = f"cuda:{os.environ['LOCAL_RANK']}" if started_by_torchrun() else "cuda"  # one for each process
-        device = torch.device(card if name in ("auto", "cuda") else name)
+        device = torch.device(card if name == "auto" or name.startswith("cuda") and started_by_torchrun() else name)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
         torch.ones(2, device=device).exp().sum().item()  # a GPU may be listed and yet too old (or new) for this torch
         return device
     except Exception as error:  # a different one for each kind of device
         reason = (str(error).splitlines() or [type(error).__name__])[0]
     if name != "auto":
         fail(f"--device {name} does not work here ({reason}): leave it out or say --device cpu")
-    if torch.cuda.is_available() and started_by_torchrun():
+    if started_by_torchrun() and 0 < torch.cuda.device_count() <= int(os.environ["LOCAL_RANK"]):
         fail(f"{card} does not work ({reason}): --nproc_per_node may be {torch.cuda.device_count()} at most here")
     if torch.cuda.is_available():
         print(f"this torch cannot use the GPU ({reason}), so on the CPU; README: GTX cards", flush=True)
@@ -776,6 +784,8 @@ class Run:
         self.device, self.code, self.advice, self.fresh = args.device, args.code, advice, not args.resume
         self.step, self.before, self.asked, self.last, self.saving = 0, 0.0, False, False, False
         self.seed, (self.rank, self.world) = args.seed, ranks()
+        if any(isinstance(part, Bank) and len(part.x) < self.world for part in parts.values()):
+            fail(f"{self.world} processes are more than there are chains: start fewer")
         if not self.rank:
             lock(path)
         if args.resume:
@@ -862,13 +872,20 @@ class Run:
             if self.rank:
                 time.sleep(3)  # the first process closes the connection: both at once can hang, in torch 2.4
                 os._exit(0)
-            distributed.destroy_process_group()
+            global together
+            together = False
+            if self.device.type == "cpu":  # of GPUs' connections all processes would have to take part in the end
+                distributed.destroy_process_group()
             if self.asked:  # torchrun would kill the scores of a run that was told to stop
                 print(f"stopped at step {self.step}, saved: --resume goes on")
                 raise SystemExit(0)
 
     def part_ways(self):
         """From the same state, the first process's, to a random stream for each."""
+        shapes = zlib.crc32(repr([t.shape for part in self.parts.values()
+                                  for t in tensors_in(part.state_dict()).values()]).encode())
+        if agreed([shapes, -shapes]) != [shapes, -shapes]:
+            fail("the processes have come to networks or mixtures of different sizes: use cards of one kind")
         with other_ranks():
             for part in self.parts.values():
                 for tensor in part.state_dict().values() if isinstance(part, nn.Module) else ():

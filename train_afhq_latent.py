@@ -73,10 +73,12 @@ LR, BETAS, WARMUP = 3e-4, (0.9, 0.99), 50  # of Adam; rises in WARMUP steps, the
 EMA_DECAY, ENDED = 0.999, 1024  # of the weights, per step; chains that ended last, on whose latents the log has ks
 PER_IMAGE = 4            # translations of each held-out image
 MAX_PIXELS = 50_000_000  # of one image: a file of kilobytes can unpack to gigabytes, and several are read at once
+HIDDEN, HELD_OUT = 8192, 2000  # images of the made-up problem, to learn from and held out
 if args.check:
     SIDE, STEPS, NEW, CHUNK, WIDTH, PER_IMAGE = 16, 4000, 8, 128, 256, 1
 if args.smoke:
     SIDE, STEPS, LIFE, COOL, LEAP, CHUNK, WIDTH, POOL, ENDED = 16, 12, 4, 2, 2, 16, 16, 32, 8
+    HIDDEN, HELD_OUT = 24, 6
 CONSTANTS = common.constants_of(globals())
 
 made_up = args.check or args.smoke
@@ -123,7 +125,7 @@ def make_up(folder, hidden, held_out):
 if made_up:
     args.data = f"{name}_data"
     with common.in_turn():
-        G = make_up(args.data, *(24, 6) if args.smoke else (8192, 2000))
+        G = make_up(args.data, HIDDEN, HELD_OUT)
 elif not os.path.isfile(args.generator):
     common.fail(f"no generator {args.generator}: download afhqdog.pkl of NVIDIA's StyleGAN2-ADA-PyTorch release "
                 f"(folder pretrained) to there, or name where it is with --generator")

@@ -279,7 +279,7 @@ for step in run.steps():
     opt.param_groups[0]["lr"] = common.warm_cosine(LR, step, WARMUP, STEPS)
     rows = bank.rows(BATCH)
     x, y = bank.x[rows], bank.y[rows]
-    fresh = common.stratified_rows(len(rows), min(RESTARTS, len(rows)), device)
+    fresh = common.stratified_rows(len(rows), common.share(RESTARTS, step), device)
     x[fresh] = digits.colorize(grey_sources[rows[fresh]])
     y[fresh] = base.draw(x[fresh])
     y = walk(f, x, y, N_LANGEVIN)

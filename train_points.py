@@ -464,9 +464,11 @@ class Net(nn.Module):
 
     def __init__(self):
         super().__init__()
-        values, vectors = torch.linalg.eigh(torch.cov(y_train.T.double()).reshape(DIM, DIM))
+        covariance = torch.cov(y_train.T.double()).reshape(DIM, DIM).cpu()  # the same signs below on every device
+        values, vectors = torch.linalg.eigh(covariance)
         deviations = values.clamp_min(1e-4 * values[-1]).sqrt()
-        self.register_buffer("axes", (vectors / deviations).float())  # no direction is stretched by more than 100
+        axes = (vectors / deviations).float()  # no direction is stretched by more than 100
+        self.register_buffer("axes", axes.to(device))
         self.heads = common.Heads(DIM, HEADS, WIDTH, DEPTH, SCALE)
         self.heads.init_first_layer_at(batch(y_train, 4096) @ self.axes, SHARPNESS)
         nn.init.zeros_(self.heads.last)
