@@ -3,8 +3,8 @@
     pi_f(y|x) = exp((f(y) - |x-y|^2/2) / eps) / Z(x)           sampled by Langevin with Metropolis, and by jumps
     ascend      E_Q f(y) - E_P E_{pi_f(.|x)} f(y)              Algorithm 1 of Mokrov et al., ICLR 2024
 
-    python train_toy.py --eps 0.001      17 s on two CPU cores, 9 s of them training, 0.9 GiB; two minutes the first
-                                         time, when the references are solved (eps 0.1: 40 s, 1.4 GiB)
+    python train_toy.py --eps 0.001      16 s on two CPU cores, 9 s of them training, 0.9 GiB; 85 s the first time,
+                                         when the references are solved (eps 0.1: 34 s, 1.4 GiB)
     python train_toy.py --smoke          the same path in seconds
 
 Writes beside itself (or under --out) toy_eps0.001_seed0.pt, which --resume carries on from, and the figure (.png).  The
