@@ -1057,7 +1057,7 @@ def test_the_objective_s_estimate_against_quadrature():
         return 0.8 * torch.sin(2 * y[:, 0]) - 0.1 * y[:, 0] ** 2
 
     exact = conditional_1d(lambda y: plan(y) + net(y), plan.eps, x)[0] - conditional_1d(plan, plan.eps, x)[0]
-    found, effective = common.log_z_ratio(plan, net, x[:, None], 4000, 10, 0.1)
+    found, effective = common.log_z_ratio(plan, net, x[:, None], 16_000, 20, 0.1)
     assert torch.allclose(found.double(), exact, atol=0.03) and effective > 0.5
     nothing, effective = common.log_z_ratio(plan, lambda y: 0 * y[:, 0], x[:, None], 8, 3, 0.1)
     assert nothing.abs().max() < 1e-6 and effective.item() == pytest.approx(1)
