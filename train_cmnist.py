@@ -186,7 +186,7 @@ class Hues(nn.Module):
     @torch.no_grad()
     def draw(self, x):
         """y ~ pi_f(.|x), exactly: (B, 3, H, W) -> the same."""
-        k = common._sample_index((self.features(x + 1) @ self.quadratic_w + self.log_a).softmax(1)).squeeze(1)
+        k = common.sample_index((self.features(x + 1) @ self.quadratic_w + self.log_a).softmax(1)).squeeze(1)
         mean = (self.along[k][:, :, None] * (self.r[k] @ self.basis.T)[:, None]).view_as(x) + self.times(x + 1, k, 1)
         return mean + math.sqrt(EPS) * self.times(torch.randn_like(x), k, 0.5) - 1
 
