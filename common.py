@@ -435,6 +435,18 @@ def join_ranks(device):
         sys.stdout = Console(open(os.devnull, "w"))
 
 
+def leave_ranks(device):
+    """After the training: the first process goes on alone, the others end here."""
+    global together
+    agreed([0])  # none leaves while another still receives chains
+    if ranks()[0]:
+        time.sleep(3)  # the first process closes the connection: both at once can hang, in torch 2.4
+        os._exit(0)  # an orderly exit with a connection that the other side has closed can abort
+    together = False
+    if device.type == "cpu":  # in the end of GPUs' connections all processes would have to take part
+        distributed.destroy_process_group()
+
+
 def first_to_speak():
     """Whether no other process of this run has said why it ended: one sentence is enough."""
     try:
@@ -600,6 +612,8 @@ def fail(sentence):
     """End with one sentence on stderr and exit code 2."""
     if not started_by_torchrun() or first_to_speak():
         print(f"error: {sentence}", file=sys.stderr, flush=True)
+    if together:
+        os._exit(2)  # see leave_ranks
     raise SystemExit(2)
 
 
@@ -868,14 +882,7 @@ class Run:
         for number, handler in before.items():  # all is saved: from here on a signal ends the process at once
             signal.signal(number, handler)
         if self.world > 1:
-            agreed([0])  # none leaves while another still receives chains
-            if self.rank:
-                time.sleep(3)  # the first process closes the connection: both at once can hang, in torch 2.4
-                os._exit(0)
-            global together
-            together = False
-            if self.device.type == "cpu":  # of GPUs' connections all processes would have to take part in the end
-                distributed.destroy_process_group()
+            leave_ranks(self.device)
             if self.asked:  # torchrun would kill the scores of a run that was told to stop
                 print(f"stopped at step {self.step}, saved: --resume goes on")
                 raise SystemExit(0)

@@ -303,6 +303,8 @@ for step in range(3):
 if world > 1:
     bank.gather()
 torch.save([*f.parameters(), bank.y], f"{sys.argv[1]}{rank}.pt")
+if world > 1:
+    common.leave_ranks(torch.device("cpu"))
 """
 
 
