@@ -669,11 +669,7 @@ def arguments(doc, script, eps=None, **more):
     for name, options in more.items():
         parser.add_argument(name if "nargs" in options else f"--{name}", **options)  # with nargs: without dashes
     args = parser.parse_args()
-    try:
-        os.makedirs(args.out, exist_ok=True)
-    except (OSError, TypeError) as error:  # of --out=-- argparse makes a list
-        reason = getattr(error, "strerror", "no name")
-        fail(f"--out {args.out} cannot be made ({reason}): name a folder you can write to")
+    make_folder(args.out, "--out")
     args.device = pick_device(args.device)
     if started_by_torchrun():
         join_ranks(args.device)
@@ -704,6 +700,15 @@ def pick_device(name):
     if torch.cuda.is_available():
         print(f"this torch cannot use the GPU ({reason}), so on the CPU; README: GTX cards", flush=True)
     return torch.device("cpu")
+
+
+def make_folder(path, called="the folder"):
+    """Make a folder with all above it, if it is not there."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except (OSError, TypeError) as error:  # of --out=-- argparse makes a list
+        reason = getattr(error, "strerror", "no name")
+        fail(f"{called} {path} cannot be made ({reason}): name a folder that you can write to")
 
 
 def write_aside(path, write, before_rename=lambda: None):

@@ -222,10 +222,7 @@ def save_pairs(path, x, y):
 def save_folder(folder, names, x, y):
     """Write translations y (N, M, 3, 32, 32) of the images x of a folder, and a figure, into FOLDER_translated."""
     folder = os.path.normpath(folder) + "_translated"
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as error:
-        common.fail(f"the folder {folder} cannot be made ({error.strerror}): free its name, or name another folder")
+    common.make_folder(folder)
     for name, images in zip(names, (127.5 * (y + 1)).round().byte().permute(0, 1, 3, 4, 2).cpu().numpy()):
         for k, image in enumerate(images, 1):
             path = os.path.join(folder, f"{name}_{k}.png")

@@ -86,13 +86,6 @@ name = f"afhq_{'check' if args.check else args.source}_eps{EPS:g}_seed{SEED}{'_s
 name = os.path.join(args.out, name)
 
 
-def make_folder(path):
-    try:
-        os.makedirs(path, exist_ok=True)
-    except OSError as error:
-        common.fail(f"the folder {path} cannot be made ({error.strerror}): name one that you can write to")
-
-
 def write_png(path, image):
     """Write an image (3, H, W), about [0,1] -> None, or in words what went wrong."""
     data = (255 * image).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
@@ -109,7 +102,7 @@ def make_up(folder, hidden, held_out):
     if (args.resume or common.ranks()[0]) and os.path.isdir(folder):
         return G
     for split in ("train", "val"):
-        make_folder(os.path.join(folder, split, args.source))
+        common.make_folder(os.path.join(folder, split, args.source))
     shift = 0.8 * torch.randn(32, generator=generator)
     z = torch.randn(hidden + held_out, 32, generator=generator) * torch.linspace(-0.7, 0.7, 32).exp() + shift
     x = torch.cat([(G(part) + 1) / 2 for part in z.split(256)])
@@ -186,7 +179,7 @@ def decode(path, side=None):
 
 train, held_out = list_images()
 if args.translate:
-    make_folder(args.translate)
+    common.make_folder(args.translate)
 print(f"decoding {len(train)} sources and {len(held_out)} held-out images")
 with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
     try:
