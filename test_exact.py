@@ -5,6 +5,7 @@
 No network, no data."""
 import collections
 import contextlib
+import copy
 import errno
 import hashlib
 import io
@@ -1313,14 +1314,30 @@ def test_cmnist_base_carries_the_gaussians_and_each_colour_its_share(small_base)
 
 
 def test_cmnist_net_sees_brightness_alike_in_every_colour(cmnist):
-    """Of a digit in any colour its grey pixels; of a noisy one the same whatever the order of the channels."""
+    """Of a digit in any colour its grey pixels; of a noisy one the same whatever the order of the channels.  So f sets
+    no colour apart from another but by |c|^2, which is 1 for red and 2 for yellow."""
     torch.manual_seed(0)
     f, grey = cmnist["f"], digits.synthetic_digits(3, 35, torch.Generator().manual_seed(0))
     y = digits.colorize(grey, (torch.arange(35) % 7 + 0.4) / 7)
-    assert (f.seen(y) - (2 * grey - 1)[:, :, 4:-4, 4:-4]).abs().max() < 0.03  # the hue is an angle, see test_colours
+    light = (2 * grey - 1)[:, :, 4:-4, 4:-4]
+    assert (f.seen(y)[0] - light).abs().max() < 0.03  # the hue is an angle, see test_colours
+    pure = digits.colorize(grey[:2], torch.tensor([0, 1 / 6]))
+    assert torch.allclose(f.seen(pure)[1], torch.tensor([1.0, 2.0]), atol=1e-4)
     y = y + 0.1 * torch.randn_like(y)
+    f = copy.deepcopy(f)
+    for head in f.net.heads:
+        torch.nn.init.normal_(head.weight)
+    learned = f(y) - f.base(y)
     for order in ([1, 2, 0], [0, 2, 1]):
-        assert torch.allclose(f.seen(y[:, order]), f.seen(y), atol=1e-4)
+        for seen, other in zip(f.seen(y[:, order]), f.seen(y)):
+            assert torch.allclose(seen, other, atol=1e-4)
+        assert torch.allclose(f(y[:, order]) - f.base(y[:, order]), learned, atol=1e-2, rtol=1e-3)
+    g = f.seen.__globals__
+    for hue, square in ((0, 1.0), (1 / 6, 2.0)):
+        y = digits.colorize(grey, torch.tensor([hue]).expand(35))
+        shape, tint = f.net(f.seen(y)[0]).unbind(1)
+        expected = g["SCALE"] * (shape + g["TINT"] * (square - 1.5) * tint)
+        assert torch.allclose(f(y) - f.base(y), expected, atol=1e-2, rtol=1e-3) and expected.std() > 1
 
 
 def test_cmnist_sampler_is_exact_on_a_gaussian_and_ends_with_its_mean(cmnist, monkeypatch):
@@ -1329,7 +1346,7 @@ def test_cmnist_sampler_is_exact_on_a_gaussian_and_ends_with_its_mean(cmnist, mo
     torch.manual_seed(0)
     g, eps, k = cmnist["translate"].__globals__, 0.1, 2.0
     monkeypatch.setattr(g["base"], "draw", lambda x: x)
-    for key, v in dict(EPS=eps, ETA=0.04, NOISE=0.1, SAMPLE_STEPS=40, BATCH=5).items():
+    for key, v in dict(EPS=eps, ETA=0.04, NOISE=0.1, SAMPLE_STEPS=40, BATCH=5, REFUSED=math.inf).items():
         monkeypatch.setitem(g, key, v)
     x = torch.full((10, 3, 32, 32), 0.6)
 
@@ -1344,6 +1361,14 @@ def test_cmnist_sampler_is_exact_on_a_gaussian_and_ends_with_its_mean(cmnist, mo
     steep = g["walk"](lambda y: -300 * y.flatten(1).square().sum(1) / 2, x, x, 1)  # the drift would be -36, is cut
     drift = 0.02 * g["SLOWED"] / 0.1
     assert (steep - x).mean().item() == pytest.approx(-drift, rel=0.01)
+
+    def cliff(height):  # in log_p, on the way of the mean from 0.6 to 0.5
+        return lambda y: -0.1 * y.flatten(1).sum(1) - height * eps * (y.flatten(1).mean(1) < 0.595)
+
+    monkeypatch.setitem(g, "REFUSED", 400.0)
+    start = x + eps ** 0.5 * torch.randn_like(x) + 0.02
+    held, fell = (g["walk"](cliff(height), x, start, 40).flatten(1).mean(1) for height in (3000, 30))
+    assert held.min() > 0.56 and (fell - 0.5).abs().max() < 0.03
     y = x
     for _ in range(50):  # eta 300/eps is far beyond 4
         y = g["walk"](lambda y: -300 * y.flatten(1).square().sum(1) / 2, x, y, 1)
