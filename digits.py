@@ -128,8 +128,8 @@ def load_folder(folder):
 
 def rgb_of(hue):
     """Full-saturation colours of hues (n,), in turns: (n, 3) in [0,1]."""
-    primaries = torch.tensor([0, 1 / 3, 2 / 3], device=hue.device)
-    away = (hue[:, None] - primaries + 0.5) % 1 - 0.5  # from red, green, blue, in turns
+    primaries = torch.arange(3, device=hue.device) / 3  # red, green, blue, in turns; made there: a copy would wait
+    away = (hue[:, None] - primaries + 0.5) % 1 - 0.5
     return (2 - 6 * away.abs()).clamp(0, 1)
 
 
