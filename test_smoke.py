@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -280,6 +281,30 @@ def measured(warm, steps):
     return visit
 
 
+def replayed(warm, steps):
+    """visit of in_loop: seconds of a step that a CUDA graph replays, the learning rate as it was when captured."""
+    def visit(run, values):
+        for opt in run.parts.values():
+            for group in opt.param_groups if isinstance(opt, torch.optim.Optimizer) else ():
+                group["capturable"] = True
+        numbers, side = iter(range(1, 10 ** 6)), torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(warm):
+                yield next(numbers)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            yield next(numbers)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(steps):
+            graph.replay()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - start) / steps
+    return visit
+
+
 GPU_CHECK = {  # script, options, constants that only shorten what comes before the loop
     "toy": (("train_toy.py",), dict(REFERENCE_N=50)),
     "points": (("train_points.py", "--pair", "rolls", "--dim", "8", "--eps", "0.1"), dict(COMPONENTS=(1,), NET_FROM=1)),
@@ -292,22 +317,31 @@ def gpu_check(device, warm, steps, *more, names=tuple(GPU_CHECK)):
     """Print a table of what a step of each script costs -> {name: its figures}.  "differs": the largest difference of
     one step's gradients and chains from those on the CPU, of the same random numbers, over the largest of them."""
     table = {}
-    for name in names:
+
+    def in_script(visit, name, device):
         (script, *options), constants = GPU_CHECK[name]
         gc.collect()  # of the script before
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(digits, "load_digits", lambda root, digit, train, *_: digits.synthetic_digits(
                 digit, 256 if train else 6, torch.Generator().manual_seed(2 * digit + train)))
-            table[name] = in_loop(measured(warm, steps), script, *options, "--device", device, *more, **constants)
-            with SameDraws():
-                ours, cpu = (in_loop(first_gradients, script, *options, "--device", d, *more, **constants)
-                             for d in (device, "cpu"))
+            return in_loop(visit, script, *options, "--device", device, *more, **constants)
+
+    for name in names:
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        table[name] = in_script(measured(warm, steps), name, device)
+        with SameDraws():
+            ours, cpu = (in_script(first_gradients, name, d) for d in (device, "cpu"))
         table[name]["differs"] = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(ours, cpu))
         head, row = " | ".join(table[name]), " | ".join(f"{value:.3g}" for value in table[name].values())
         print(*[f"| a step of | {head} |", "|---" * (1 + len(table[name])) + "|"] * (len(table) == 1),
               f"| {name} | {row} |", sep="\n", flush=True)
+    for name in names if device == "cuda" else ():  # last: a capture that fails may leave the card's state broken
+        try:
+            ms = 1e3 * in_script(replayed(warm, steps), name, device)
+            print(f"{name} as a CUDA graph: {ms:.3g} ms, {table[name]['ms'] / ms:.1f} times as fast", flush=True)
+        except (Exception, pytest.fail.Exception) as error:
+            print(f"{name} as a CUDA graph: no ({str(error).strip().splitlines()[:1]})", flush=True)
     return table
 
 
@@ -427,6 +461,33 @@ def test_gpu_check(capsys):
     mixtures = 2 * 128 * 128 * 3 + 2 * 32 * 128 * 3 + 2 * 32 * 128 * 2  # 32 chains, 64 + 64 proposals
     mala, jump, learn = 2 * 32 * 2 * forward, 128 * forward + mixtures, 96 * 3 * forward - 96 * 2 * 2 * 32
     assert table["toy"]["GFLOP"] == (mala + jump + learn) / 1e9
+
+
+def test_the_graph_holds_one_whole_step(monkeypatch):
+    """With stand-ins for a card's graph and streams: warm steps, one captured, and the rest replayed."""
+    run_of = {"captured": [], "replayed": 0}
+
+    class Graph:
+        def replay(self):
+            run_of["replayed"] += 1
+
+    @contextlib.contextmanager
+    def capture(graph):
+        before = seen["opt"].state_dict()["state"][0]["step"].item()
+        yield
+        run_of["captured"].append(seen["opt"].state_dict()["state"][0]["step"].item() - before)
+
+    seen, stream = {}, types.SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in dict(Stream=lambda: stream, current_stream=lambda: stream, CUDAGraph=Graph, graph=capture,
+                            stream=lambda s: contextlib.nullcontext(), synchronize=lambda: None).items():
+        monkeypatch.setattr(torch.cuda, name, value)
+
+    def visit(run, values):
+        seen.update(run.parts)
+        return (yield from replayed(3, 7)(run, values))
+
+    assert in_loop(visit, "train_toy.py", "--smoke", "--device", "cpu") >= 0
+    assert seen["opt"].param_groups[0]["capturable"] and run_of == {"captured": [1.0], "replayed": 7}
 
 
 if __name__ == "__main__":
