@@ -1346,19 +1346,19 @@ def test_cmnist_sampler_is_exact_on_a_gaussian_and_ends_with_its_mean(cmnist, mo
     torch.manual_seed(0)
     g, eps, k = cmnist["translate"].__globals__, 0.1, 2.0
     monkeypatch.setattr(g["base"], "draw", lambda x: x)
-    for key, v in dict(EPS=eps, ETA=0.04, NOISE=0.1, SAMPLE_STEPS=40, BATCH=5, REFUSED=math.inf).items():
+    for key, v in dict(EPS=eps, ETA=0.08, NOISE=0.1, SAMPLE_STEPS=40, BATCH=5, REFUSED=math.inf).items():
         monkeypatch.setitem(g, key, v)
     x = torch.full((10, 3, 32, 32), 0.6)
 
     def f(y):
         return -k * y.flatten(1).square().sum(1) / 2
 
-    y = g["walk"](f, x, x, 40)
+    y = g["walk"](f, x, x, 40, 0.04)
     assert y.mean().item() == pytest.approx(0.2, abs=0.01) and y.var().item() == pytest.approx(eps / (1 + k), rel=0.03)
     y = g["translate"](f, x, 2)
     assert y.shape == (10, 2, 3, 32, 32) and y.mean().item() == pytest.approx(0.2, abs=0.01)
     assert y.std().item() == pytest.approx(0.7 * (eps / (1 + k)) ** 0.5, rel=0.03)
-    steep = g["walk"](lambda y: -300 * y.flatten(1).square().sum(1) / 2, x, x, 1)  # the drift would be -36, is cut
+    steep = g["walk"](lambda y: -300 * y.flatten(1).square().sum(1) / 2, x, x, 1, 0.04)  # drift: -36, but for the cut
     drift = 0.02 * g["SLOWED"] / 0.1
     assert (steep - x).mean().item() == pytest.approx(-drift, rel=0.01)
 
@@ -1367,11 +1367,11 @@ def test_cmnist_sampler_is_exact_on_a_gaussian_and_ends_with_its_mean(cmnist, mo
 
     monkeypatch.setitem(g, "REFUSED", 400.0)
     start = x + eps ** 0.5 * torch.randn_like(x) + 0.02
-    held, fell = (g["walk"](cliff(height), x, start, 40).flatten(1).mean(1) for height in (3000, 30))
+    held, fell = (g["walk"](cliff(height), x, start, 40, 0.04).flatten(1).mean(1) for height in (3000, 30))
     assert held.min() > 0.56 and (fell - 0.5).abs().max() < 0.03
     y = x
     for _ in range(50):  # eta 300/eps is far beyond 4
-        y = g["walk"](lambda y: -300 * y.flatten(1).square().sum(1) / 2, x, y, 1)
+        y = g["walk"](lambda y: -300 * y.flatten(1).square().sum(1) / 2, x, y, 1, 0.04)
     assert y.abs().max() <= g["BOX"]
 
 

@@ -79,7 +79,7 @@ LR = 1.2e-3 if 0.03 < EPS < 0.3 else 8e-4  # of Adam, falls to 0 by a cosine; 1.
 BETAS = 0.0, 0.99
 WARMUP = 50              # steps
 EMA_DECAY = 0.995        # of the weights, per step
-SAMPLE_STEPS = 30        # Langevin steps of a translation, before its last
+SAMPLE_STEPS = 60        # Langevin steps of a translation, half as long as in training: twice as many in two
 TRANSLATIONS = 4         # of each test image
 SHOWN = 8                # rows of the figure
 TEST_SEED = 1            # of the test images' colours
@@ -249,7 +249,7 @@ class Potential(nn.Module):
 
 # ---------------------------------------------------------------------------------------------- sampler
 
-def walk(f, x, y, steps):
+def walk(f, x, y, steps, eta):
     """Langevin steps that cannot leave the box.  A step's noise is the mean of its own and the last one's (Leimkuhler &
     Matthews 2013): exact for Gaussians, which independent noise makes a seventh wider.  A step that loses more than
     REFUSED of log_p is taken back."""
@@ -262,7 +262,7 @@ def walk(f, x, y, steps):
         log_p, take = torch.where(take, new_log_p, log_p), take[:, None, None, None]
         kept, drift = torch.where(take, y, kept), torch.where(take, grad, drift)
         old, noise = noise, torch.randn_like(y)
-        y = (kept + ETA / 2 * drift + math.sqrt(ETA) * (old + noise) / 2).clamp(-BOX, BOX)
+        y = (kept + eta / 2 * drift + math.sqrt(eta) * (old + noise) / 2).clamp(-BOX, BOX)
     return y
 
 
@@ -270,7 +270,7 @@ def translate(f, x, n):
     """n translations of each x, without noise: (N, 3, 32, 32) -> (N, n, 3, 32, 32)."""
     done, last_print = [], time.perf_counter()
     for part in x.repeat_interleave(n, 0).split(4 * BATCH):
-        y = walk(f, part, base.draw(part), SAMPLE_STEPS)
+        y = walk(f, part, base.draw(part), SAMPLE_STEPS, ETA / 2)
         done.append((y + NOISE ** 2 * common.log_p_and_grad(f, part, y, EPS)[1]).clamp(-1, 1))
         if time.perf_counter() - last_print > 30:
             print(f"translated {sum(map(len, done))}/{n * len(x)}")
@@ -303,7 +303,7 @@ for step in run.steps():
     fresh = common.stratified_rows(len(rows), common.share(RESTARTS, step), device)
     x[fresh] = digits.colorize(grey_sources[rows[fresh]])
     y[fresh] = base.draw(x[fresh])
-    y = walk(f, x, y, N_LANGEVIN)
+    y = walk(f, x, y, N_LANGEVIN, ETA)
     bank.x[rows], bank.y[rows] = x, y
     y_pos = digits.colorize(grey_targets[torch.randint(len(grey_targets), (len(rows),), device=device)])
     gap = common.train_step(f, opt, y_pos + NOISE * torch.randn_like(y_pos), y)
