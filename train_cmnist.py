@@ -69,7 +69,7 @@ REFUSED = 400.0          # a step that loses so much of log_p, ten times its dev
 BOX = 3.0                # pixels are clipped to +-BOX
 AT_WALL = 0.05           # share of clipped pixels that counts as divergence; healthy runs stay below 0.0002
 SCALE = EPS / NOISE ** 2  # of the net
-WIDEST_GAP = 300 + 100 * EPS  # in size; counts as divergence: healthy runs stay below half of it
+WIDEST_GAP = 1000 + 300 * EPS  # in size; counts as divergence: single chains run off.  Below 40 + 140 EPS in healthy runs
 RESTARTS = 2             # chains of the batch that start afresh in a new colour: one lives for 160 Langevin steps
 HUES = 48                # Gaussians of the base
 RANK = 128               # grey images whose variance it knows one by one
@@ -311,10 +311,10 @@ for step in run.steps():
     gap = common.train_step(f, opt, y_pos + NOISE * torch.randn_like(y_pos), y)
     common.update_ema(f_avg, f, EMA_DECAY, step)
     if run.due():
-        run.log({"gap": WIDEST_GAP, "at_wall": AT_WALL, "max_param": 100}, gap=gap,
-                cost=common.quadratic_cost(bank.x, bank.y).mean(), hue_err=digits.hue_error(bank.x, bank.y).median(),
-                square=y.square().mean(), real_square=y_pos.square().mean() + NOISE ** 2,
-                at_wall=(y.abs() == BOX).float().mean(), max_param=common.max_param(f.net))
+        run.log({"at_wall": AT_WALL, "gap": WIDEST_GAP, "max_param": 100},
+                at_wall=(y.abs() == BOX).float().mean(), gap=gap, cost=common.quadratic_cost(bank.x, bank.y).mean(),
+                hue_err=digits.hue_error(bank.x, bank.y).median(), square=y.square().mean(),
+                real_square=y_pos.square().mean() + NOISE ** 2, max_param=common.max_param(f.net))
 
 # ---------------------------------------------------------------------------------------------- scores and figure
 
