@@ -320,15 +320,15 @@ def gpu_check(device, warm, steps, *more, names=tuple(GPU_CHECK)):
 
     def in_script(visit, name, device):
         (script, *options), constants = GPU_CHECK[name]
-        gc.collect()  # of the script before
+        gc.collect()  # of the script before, which the peak must not count
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(digits, "load_digits", lambda root, digit, train, *_: digits.synthetic_digits(
                 digit, 256 if train else 6, torch.Generator().manual_seed(2 * digit + train)))
             return in_loop(visit, script, *options, "--device", device, *more, **constants)
 
     for name in names:
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
         table[name] = in_script(measured(warm, steps), name, device)
         with SameDraws():
             ours, cpu = (in_script(first_gradients, name, d) for d in (device, "cpu"))
