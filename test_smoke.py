@@ -237,13 +237,15 @@ class SameDraws(torch.overrides.TorchFunctionMode):
         return draw(*args, **kwargs)
 
 
-class Flops(TorchDispatchMode):
-    """Counts those of matrix products and convolutions.  (FlopCounterMode's hooks do not bear autograd.grad.)"""
-    total = 0
+class Counter(TorchDispatchMode):
+    """Counts operations that compute, about a kernel each on a GPU, and the FLOPs of matrix products and convolutions.
+    (FlopCounterMode's hooks do not bear autograd.grad.)"""
+    operations = flops = 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         out, count = operation(*args, **(kwargs or {})), flop_registry.get(operation._overloadpacket)
-        self.total += count(*args, **(kwargs or {}), out_val=out) if count else 0
+        self.operations += not operation.is_view
+        self.flops += count(*args, **(kwargs or {}), out_val=out) if count else 0
         return out
 
 
@@ -267,15 +269,16 @@ def measured(warm, steps):
             yield next(numbers)
         wait()
         seconds = (time.perf_counter() - start) / steps
-        with Flops() as flops:
+        with Counter() as counter:
             yield next(numbers)
         kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (device.type == "cuda")
         with torch.profiler.profile(activities=kinds) as profile:
             yield next(numbers)
             wait()
         calls = {event.key: event.count for event in profile.key_averages()}
-        return {"ms": 1e3 * seconds, "GFLOP": flops.total / 1e9, "peak_MiB": common.peak_mib(device),
-                "percent": 100 * flops.total / seconds / common.matmul_rate(device),
+        return {"ms": 1e3 * seconds, "GFLOP": counter.flops / 1e9, "peak_MiB": common.peak_mib(device),
+                "percent": 100 * counter.flops / seconds / common.matmul_rate(device),
+                "operations": counter.operations,
                 "launches": sum(n for key, n in calls.items() if "LaunchKernel" in key or "GraphLaunch" in key),
                 "waits": sum(n for key, n in calls.items() if "StreamSync" in key or "EventSync" in key)}
     return visit
@@ -452,6 +455,12 @@ def test_afhq():
     assert final(output)["assigned_cost"] == pytest.approx(exact, rel=1e-3) and "discrete_cost" in final(output)
     with Image.open(folder / f"{name}.png") as picture:
         assert picture.size == (6 * 256, 6 * 256)  # six sources, each with five translations
+
+
+def test_the_counter_takes_views_for_free():
+    with Counter() as counter:
+        (torch.ones(3, 4) @ torch.ones(4, 5)).T.exp_()
+    assert (counter.operations, counter.flops) == (4, 2 * 3 * 4 * 5)  # two ones, a product, an exponential
 
 
 def test_gpu_check(capsys):
