@@ -1433,6 +1433,31 @@ def test_cmnist_translates_a_folder(tmp_path):
         assert y.shape == (1, 3, 32, 32) and abs(digits.hue_of(y).item() - hue) < 0.05  # the colour stays
 
 
+def test_cmnist_sources_are_bent_by_the_matrix_drawn(cmnist, monkeypatch):
+    """A Gaussian blob of covariance s^2 I seen through the matrix A has the covariance s^2 (A^T A)^-1."""
+    centred = torch.arange(32.0) - 15.5
+    r2 = centred[:, None].square() + centred.square()
+    blob = (-r2 / (2 * 4.0 ** 2)).exp().expand(20, 1, 32, 32)
+    torch.manual_seed(0)
+    bent = cmnist["bent"](blob)[:, 0].double()
+    torch.manual_seed(0)
+    A = torch.eye(2) + cmnist["BEND"] * torch.randn(20, 2, 2)
+    points = torch.cartesian_prod(centred, centred).flip(1).double()  # x, then y, as affine_grid has them
+    light = bent.flatten(1) / bent.sum((1, 2))[:, None]
+    covariance = torch.einsum("np,pi,pj->nij", light, points, points)
+    expected = (4.0 ** 2 + 1 / 6) * torch.linalg.inv(A.mT @ A).double()  # interpolation widens a little
+    assert (covariance - expected).abs().max() < 0.4 and expected.sub(16 * torch.eye(2)).abs().max() > 2
+    monkeypatch.setitem(cmnist["bent"].__globals__, "BEND", 0.0)
+    assert torch.allclose(cmnist["bent"](blob), blob, atol=1e-5)
+
+
+def test_cmnist_a_gap_that_stays_wide_is_a_divergence(tmp_path, monkeypatch):
+    """One spike is not: the mean over 100 steps, 5000 (1 - 0.99^k) here, crosses 300 + 300 eps at the seventh."""
+    monkeypatch.setattr(common, "train_step", lambda f, opt, y_pos, y_neg: torch.tensor(5000.0))
+    output = smoke("cmnist_eps0.1_seed0_smoke", tmp_path, code=2)[0]
+    assert f"mean_gap is {5000 * (1 - 0.99 ** 7):.4g} at step 7" in output
+
+
 def test_cmnist_chains_thrown_at_the_wall_are_a_divergence(tmp_path):
     """The box clips them, so that no size of y shows it."""
     with open(os.path.join(HERE, "train_cmnist.py")) as file:
