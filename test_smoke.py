@@ -336,7 +336,7 @@ def gpu_check(device, warm, steps, *more, names=tuple(GPU_CHECK)):
         with SameDraws():
             ours, cpu = (in_script(first_gradients, name, d) for d in (device, "cpu"))
         table[name]["differs"] = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(ours, cpu))
-        head, row = " | ".join(table[name]), " | ".join(f"{value:.3g}" for value in table[name].values())
+        head, row = " | ".join(table[name]), " | ".join(f"{value:.4g}" for value in table[name].values())
         print(*[f"| a step of | {head} |", "|---" * (1 + len(table[name])) + "|"] * (len(table) == 1),
               f"| {name} | {row} |", sep="\n", flush=True)
     for name in names if device == "cuda" else ():  # last: a capture that fails may leave the card's state broken
