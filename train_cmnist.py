@@ -282,6 +282,8 @@ def translate(f, x, n):
 
 def bent(grey):
     """Digits turned, sheared and stretched by a random matrix, 1 + BEND N(0, 1): (n, 1, 32, 32) -> the same."""
+    if not len(grey):  # the share of one among many processes: affine_grid refuses none
+        return grey
     matrix = torch.eye(2, 3, device=grey.device).repeat(len(grey), 1, 1)
     matrix[:, :, :2] += BEND * torch.randn(len(grey), 2, 2, device=grey.device)
     return F.grid_sample(grey, F.affine_grid(matrix, grey.shape, align_corners=False), align_corners=False)
