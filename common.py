@@ -619,10 +619,11 @@ def fail(sentence):
 
 class Console:
     """stdout or stderr that loses lines rather than end the run: when its pipe is closed (| head, or a tee that
-    the same Ctrl-C killed), its disk full, or its encoding without a letter.  Flushes by itself."""
+    the same Ctrl-C killed), its disk full, or its encoding without a letter.  Flushes by itself.  lost: why lines are
+    missing that somebody wanted, else empty."""
 
     def __init__(self, stream):
-        self.stream = stream
+        self.stream, self.lost = stream, ""
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
@@ -630,8 +631,12 @@ class Console:
         try:
             self.stream.write(text)
             self.stream.flush()
-        except OSError:
+        except OSError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # takes what is still buffered, at exit too
+            if not isinstance(error, BrokenPipeError):
+                self.lost = error.strerror
+                if self is sys.stdout:
+                    print(f"warning: all further lines are lost ({self.lost}); the run goes on", file=sys.stderr)
 
     def __getattr__(self, name):
         return getattr(self.stream, name)

@@ -324,6 +324,8 @@ def main():
         common.fail("the FID is not finite: A or B has statistics that are too large, make them again with --save")
     numbers = [f"fid {fid:.6g}"] * (len(sets) == 2) + [f"n_{'ab'[k]} {s['n']:.0f}" for k, s in enumerate(sets)]
     print(f"final {' '.join(numbers)} total_s {time.perf_counter() - start_time:.1f}")
+    if sys.stdout.lost:
+        common.fail(f"the result could not be printed ({sys.stdout.lost}): free some space")
 
 
 if __name__ == "__main__":

@@ -230,6 +230,9 @@ common.Run.due = interrupted"""
         process.stdout.close()
     process.stdin.close()
     errors = process.stderr.read()
+    if console == "full disk":
+        assert errors.count("\n") == 1 and "lines are lost (No space left on device)" in errors
+        errors = ""
     assert process.wait(60) == 0 and not errors, errors
     assert steps_kept(tmp_path) == {"short_seed0.pt": 12}
 
@@ -2050,6 +2053,15 @@ def test_a_full_disk_leaves_no_temporary_files(fid, weights, monkeypatch, tmp_pa
     refuses(outputs[0], "--save", "a.npz", "free some space")
     refuses(outputs[1], "cannot download", "--weights")
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["good.npz", "good.pt"]
+
+
+def test_a_fid_that_cannot_be_printed_is_an_error(tmp_path):
+    path = str(tmp_path / "good.npz")
+    np.savez(path, mu=np.zeros(2), sigma=np.eye(2), n=3000)
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, os.path.join(HERE, "eval_fid.py"), path, path], stdout=full,
+                              stderr=subprocess.PIPE, text=True, timeout=150)
+    assert done.returncode == 2 and "error: the result could not be printed (No space left on device)" in done.stderr
 
 
 def test_a_closed_pipe_costs_only_the_lines(fid, monkeypatch):
