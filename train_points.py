@@ -71,7 +71,7 @@ HELD_OUT = 10            # one in so many rows
 COMPONENTS = (1, 5, 20, 100, 400)  # of the mixture, tried in this order until held-out rows stop gaining
 FIT_STEPS, FIT_PATIENCE, FIT_ROWS = 60, 10, 20_000  # of a fit; steps without gain that end it; rows per step
 NET_FROM = 100           # components: where held-out rows ask for as many, the net is tried too
-STEPS = 2500             # Adam steps of the net
+STEPS = 2500             # AdamW steps of the net
 BATCH, TARGETS = 512, 1024  # chains moved per step, each a ladder of temperatures, and target samples
 CHAINS = 4096            # sources with persistent chains
 REFRESH = 0.01           # share of a batch given a new source per step
@@ -79,7 +79,8 @@ TOP = 1.0                # hottest temperature: that of the data
 WIDTH, DEPTH = 32, 3     # of each head of the net
 SHARPNESS = 3.0          # 1/width of the first layer's ramps at the start
 N_LANGEVIN, ACCEPT = 2, 0.7  # Langevin steps between exchanges, and the accepted fraction they are led to
-LR, BETAS = 2e-3, (0.0, 0.99)  # of Adam, without momentum, which would swing against the chains; falls to 0 by a cosine
+LR, BETAS = 2e-3, (0.0, 0.99)  # of AdamW, no momentum: it would swing against the chains; falls to 0 by a cosine
+DECAY = 0.3              # of the weights, times LR, per step: else heads that found nothing grow by noise
 WARMUP, EMA_DECAY = 100, 0.998
 PATIENCE = 0.25          # share of STEPS without gain after which the net is given up
 SAMPLE_STEPS = 50        # of N_LANGEVIN Langevin steps and an exchange: a chain at test time, from the Gaussian plan
@@ -499,7 +500,7 @@ def sample_plan(x, per_x=1, steps=SAMPLE_STEPS, chains=None):
     if not use_net:
         return mixture.sample(x.repeat_interleave(per_x, 0)).view(len(x), per_x, DIM)
     chains, out = min(chains or per_x, per_x), []
-    for x_part in x.repeat_interleave(chains, 0).split(2 ** 11):
+    for x_part in x.repeat_interleave(chains, 0).split(2 ** 9):
         y = start_chains(x_part)
         for _ in range(steps):
             y, _, _ = mcmc_step(net_best, x_part, y)
@@ -525,7 +526,7 @@ ladder = EPS * (max(TOP / EPS, 1.0) ** (torch.arange(RUNGS, device=device) / max
 net, net_avg, net_best = (Net().to(device) for _ in range(3))
 for copy in (net_avg, net_best):
     copy.load_state_dict(net.state_dict())
-opt = torch.optim.Adam(net.parameters(), lr=LR, betas=BETAS, fused=True)
+opt = torch.optim.AdamW(net.parameters(), lr=LR, betas=BETAS, weight_decay=DECAY, fused=True)
 chains_x = batch(x_train, CHAINS)
 zero = torch.zeros(())
 bank = common.Bank(chains_x, start_chains(chains_x), eta=ladder / 20, best=zero, best_step=zero, gain=zero, error=zero,
