@@ -304,7 +304,7 @@ print(f"{len(grey_sources)} sources, {len(grey_targets)} targets, {len(test_x)} 
       f"{STEPS * flops / 1e12:.2g} TFLOP in all, so many seconds where 1 TFLOP/s is reached (an eighth of a GTX 1080)")
 
 run = common.Run(args, name + ".pt", {"f": f, "f_avg": f_avg, "opt": opt, "bank": bank}, STEPS, LOG_EVERY, CONSTANTS,
-                 "lower ETA or LR")
+                 "lower ETA or LR, or raise DECAY")
 for step in run.steps():
     opt.param_groups[0]["lr"] = common.warm_cosine(LR, step, WARMUP, STEPS)
     rows = bank.rows(BATCH)
