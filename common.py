@@ -866,7 +866,7 @@ class Run:
             except Exception:  # absent, damaged or foreign
                 steps[path] = -1
         self.fresh = False
-        if steps and os.path.exists(self.path) and steps[self.path] >= steps[f"{self.path}.old"]:
+        if steps and os.path.isfile(self.path) and steps[self.path] >= steps[f"{self.path}.old"]:
             os.replace(self.path, f"{self.path}.old")
             print(f"kept the earlier checkpoint as {self.path}.old (--resume would have carried it on)", flush=True)
 

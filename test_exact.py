@@ -477,13 +477,14 @@ def test_a_disk_full_at_a_fresh_start_leaves_the_earlier_checkpoint(tmp_path, sh
     assert final(short("--resume"))["steps"] == 30
 
 
-@pytest.mark.parametrize("ending", [".pt.tmp", ".pt.old"])
+@pytest.mark.parametrize("ending", [".pt", ".pt.tmp", ".pt.old"])
 def test_a_folder_in_the_way(ending, tmp_path, short):
-    short()
+    if ending != ".pt":
+        short()
     (tmp_path / f"short_seed0{ending}" / "inside").mkdir(parents=True)
     refuses(short(code=2), "cannot write", "short_seed0.pt")
     assert (tmp_path / f"short_seed0{ending}" / "inside").exists()
-    assert torch.load(short.path, weights_only=True)["step"] == 30
+    assert ending == ".pt" or torch.load(short.path, weights_only=True)["step"] == 30
 
 
 def test_readme_example_copies_into_another_project(tmp_path):
