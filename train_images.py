@@ -76,14 +76,14 @@ HIDDEN = 256             # units after the last
 LR, WARMUP = 1.6e-3, 50  # of AdamW; rises in WARMUP steps, then falls to 0 by a cosine
 BETAS, DECAY = (0.0, 0.99), 0.8  # decay of the weights, times LR, per step
 EMA_DECAY = 0.995        # of the weights, per step
-SCORES = 15              # times that the weights are scored in STEPS
-SCORED = 128             # held-out sources translated each time
+SCORES = 10              # times that the weights are scored in STEPS
+SCORED = 100             # sources translated each time
 VALIDATION = 20          # every 20th target is held out for it
-PATIENCE = 5             # scores without a better one, after which the training ends
+PATIENCE = 4             # scores without a better one, after which the training ends
 COLLAPSED = 0.7          # spread of the translations over that of real images; below, the log warns
 TRIES = 4                # of a training that runs off, each at half the rate, before it ends with what it has
 EARLY = 0.1, 0.3         # parts of STEPS after which the figure's sources are translated too
-TRANSLATIONS = 4         # of each test image
+TRANSLATIONS = 2         # of each test image
 SHOWN = 8                # rows of the figure
 if args.smoke:
     STEPS, BATCH, N_LANGEVIN, GROUPS, LIFE, YOUNG, RANK, WIDTHS, HIDDEN = 12, 8, 2, 2, 4, 1, 8, (4, 4, 8, 8), 8
@@ -267,16 +267,18 @@ for step in run:
             net.load_state_dict(best.state_dict())
         opt.state.clear()
         bank.x[:], bank.y[:] = newborn(step, len(bank.x))
-        bank.gap, at_wall, bank.ended = 0 * bank.rate, 0 * at_wall, (bank.rate < 0.5 ** TRIES).float()
+        bank.gap, at_wall = 0 * bank.rate, 0 * at_wall
+        bank.ended += bank.rate < 0.5 ** TRIES
     if step % SCORE_EVERY == 0 or step == STEPS:
         k = -(-step // SCORE_EVERY)
         scores = score(f_avg, few, 1, valid)
         bank.scores[k] = torch.tensor([scores[what] for what in CURVES])
-        both = bank.scores[:k + 1, :2].sum(1)
-        if both.argmin() == k:
+        energy, detail, nearest = bank.scores[:k + 1, :3].T
+        order = (energy + detail + 0.1 * (nearest - 1).abs()).argsort()
+        if order[0] == k:
             best.load_state_dict(f_avg.state_dict())
             bank.best_step.fill_(step)
-        bank.ended = (k - both.argmin() >= PATIENCE).float()
+        bank.ended += k - order[0] >= PATIENCE
     for k, part in enumerate(EARLY):
         if step == round(part * STEPS):
             bank.early[k] = translated(f_avg, shown, 1)[:, 0]

@@ -26,6 +26,14 @@ def whole(tmp_path_factory):
     return types.SimpleNamespace(out=out, output=output, values=values, name=os.path.basename(values["name"]))
 
 
+def edited(tmp_path, **constants):
+    """A copy of the script with other constants."""
+    source = open(os.path.join(os.path.dirname(images.__file__), "train_images.py"), encoding="utf-8").read()
+    lines = "\n".join(f"{name} = {value}" for name, value in constants.items())
+    (tmp_path / "train_images.py").write_text(source.replace("LOG_EVERY, SCORE_EVERY =", f"{lines}\nLOG_EVERY, SCORE_EVERY ="))
+    return tmp_path / "train_images.py"
+
+
 # ------------------------------------------------------------------------------------------------ the base
 
 def base_of(values, x, y, **constants):
@@ -177,10 +185,7 @@ def test_resume_is_bit_equal_and_translates_as_the_run_did(whole, tmp_path, monk
 
 
 def test_a_training_that_runs_off_ends_with_a_plan(tmp_path):
-    source = open(os.path.join(os.path.dirname(images.__file__), "train_images.py"), encoding="utf-8").read()
-    script = tmp_path / "train_images.py"
-    script.write_text(source.replace("LR, WARMUP = 1.6e-3, 50", "LR, WARMUP = 1e30, 1"))
-    output, values = here(script, "--smoke", "--device", "cpu", "--out", tmp_path)
+    output, values = here(edited(tmp_path, LR=1e30, WARMUP=1), "--smoke", "--device", "cpu", "--out", tmp_path)
     assert "ran off at step" in output and "rate times 0.5" in output
     base = values["translated"](values["base"], values["test_x"], 2)
     if values["bank"].best_step == 0:
@@ -188,8 +193,25 @@ def test_a_training_that_runs_off_ends_with_a_plan(tmp_path):
     assert values["z"].isfinite().all() and math.isfinite(final(output)["energy"])
 
 
-def test_squares_become_discs_in_their_place_and_colour(tmp_path):
-    pass
+def looks(y):
+    """Of images with one shape on white, (n, 3, 32, 32): its centre (n, 2) in pixels, its colour (n, 3), its area."""
+    ink = (1 - y).amax(1)
+    inside = (ink > ink.amax((1, 2), keepdim=True) / 2).float()
+    area, ticks = inside.sum((1, 2)), torch.arange(32.0)
+    centre = torch.stack([inside.sum(1) @ ticks, inside.sum(2) @ ticks], 1) / area[:, None]
+    return centre, (y * inside[:, None]).sum((2, 3)) / area[:, None], area
+
+
+def test_squares_become_discs_in_their_place_and_colour(tmp_path, whole):
+    for k, (part, n) in enumerate((("trainA", 200), ("trainB", 200), ("testA", 20), ("testB", 20))):
+        whole.values["make_up"](str(tmp_path / "shapes" / part), n, k % 2, k)
+    script = edited(tmp_path, STEPS=30, WIDTHS=(4, 8, 8, 8), HIDDEN=8, BATCH=32, SCORES=1, SCORED=20, RANK=64)
+    _, v = here(script, "--device", "cpu", "--out", tmp_path, tmp_path / "shapes")
+    centre, colour, area = looks(v["test_x"])
+    for copy in v["z"].unbind(1):
+        new_centre, new_colour, new_area = looks(copy)
+        print((new_centre - centre).norm(dim=1).mean(), (new_colour - colour).abs().mean(), (new_area / area).mean())
+    assert 0
 
 
 def test_bad_folders_are_one_sentence(tmp_path):
