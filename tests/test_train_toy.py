@@ -56,8 +56,8 @@ def test_jumps_equalise_modes_that_langevin_cannot_connect(toy):
         y, log_p, _ = common.langevin(f, x, y, f.eps, 0.002, 1)
         y, moved = toy["jump"](f, x, y, f.m[torch.randint(2, (64,))], torch.full((64, 1), 0.05), f.eps, log_p)
         masses.append((y[:, 0] > 0).float().mean().item())
-    assert sum(masses[20:]) / 100 == pytest.approx((f.exact(x.repeat(20, 1))[:, 0] > 0).float().mean().item(), abs=0.015)
-    assert moved > 0.5
+    exact = (f.exact(x.repeat(20, 1))[:, 0] > 0).float().mean().item()
+    assert sum(masses[20:]) / 100 == pytest.approx(exact, abs=0.015) and moved > 0.5
 
 
 def test_the_proposals_density_and_the_term_drawn_of_it(toy):
@@ -87,7 +87,7 @@ def test_what_a_run_writes(toy):
     assert all(map(math.isfinite, numbers.values()))
     assert numbers["cond_ratio"] == pytest.approx(numbers["cond_w2"] / numbers["cond_floor"], rel=0.01)
     state = checkpoint(folder, NAME)
-    assert state["step"] == toy["STEPS"] == state["constants"]["STEPS"] and {"f", "f_avg", "opt", "bank"} <= state.keys()
+    assert state["step"] == toy["STEPS"] == state["constants"]["STEPS"]
     f = common.MLP(2, toy["WIDTH"], toy["DEPTH"], toy["SCALE"])
     f.load_state_dict(state["f_avg"])
     grid, learned, _ = toy["learned_on_a_grid"](0.5)
