@@ -50,6 +50,7 @@ def official(monkeypatch):
         monkeypatch.setitem(sys.modules, module, types.ModuleType(module))
         setattr(sys.modules[module], name, value)
     kinds = {"synthesis": "SynthesisNetwork", "mapping": "MappingNetwork", "fc": "FullyConnectedLayer",
+             "embed": "FullyConnectedLayer",
              "affine": "FullyConnectedLayer", "b": "SynthesisBlock", "conv": "SynthesisLayer",
              "torgb": "ToRGBLayer", "": "Generator"}
 
@@ -218,6 +219,32 @@ def test_the_cost_is_what_the_head_of_the_file_says():
             assert counter.get_total_flops() / 1e9 == pytest.approx(gflop, abs=1)
 
 
+def test_a_class_conditional_generator_draws_the_chosen_class(tmp_path, official):
+    """Against the mapping as it is written in FORMAT.md, 5.1, in float64."""
+    tensors = tensors_of(GOLDEN_G)
+    i = torch.arange(16 * 32.0)
+    tensors["mapping.fc0.weight"] = (140 * torch.sin(0.3 * i + 0.02 * i * i)).view(16, 32)
+    tensors["mapping.embed.weight"], tensors["mapping.embed.bias"] = torch.cos(i[:80]).view(16, 5), 0.1 * i[:16]
+    path = write_generator(tmp_path / "g.pkl", official(tensors, **{**SIZES, "c_dim": 5}))
+    unit = lambda x: x * (x.square().mean(1, keepdim=True) + 1e-8).rsqrt()
+    weight = lambda name: tensors[f"mapping.{name}.weight"].double()
+    bias = lambda name: tensors[f"mapping.{name}.bias"].double()
+    for label in (0, 3):
+        y = torch.eye(5).double()[[label]] @ (weight("embed") / math.sqrt(5)).T + bias("embed")
+        x = torch.cat([unit(Z), unit(y).expand(2, -1)], 1)
+        for name in ("fc0", "fc1", "fc2"):
+            x = x @ (weight(name) * (0.01 / math.sqrt(x.shape[1]))).T + bias(name) * 0.01
+            x = math.sqrt(2) * torch.nn.functional.leaky_relu(x, 0.2)
+        G = stylegan2.load_generator(path, label)
+        assert G.z_dim == 16 and (G.mapping(Z.float())[:, 0] - x).abs().max() < 5e-6
+    for label in (None, 5, -1):
+        with pytest.raises(stylegan2.BadFile, match="class-conditional, with 5 classes.*0 to 4, with --class"):
+            stylegan2.load_generator(path, label)
+    path = write_generator(tmp_path / "g.pkl", official(tensors_of(GOLDEN_G), **SIZES))
+    with pytest.raises(stylegan2.BadFile, match="no classes.*leave out the class"):
+        stylegan2.load_generator(path, 0)
+
+
 def test_random_noise_has_the_strength_of_the_file():
     G = stylegan2.random_generator(4, 4, 4, channel_base=16, channel_max=4, num_layers=1)
     G.synthesis.b4.conv1.noise_strength.fill_(1e-3)  # small enough to be linear but at the kink of lrelu
@@ -304,28 +331,30 @@ def test_poisoned_and_foreign_files_are_refused_by_one_sentence_and_nothing_is_r
         ("DoubleStorage", in_table("_parameters", "bias", torch.zeros(4, dtype=torch.float64))),
         ("not finite", in_table("_parameters", "bias", torch.full((4,), math.nan))),
         ("bias is missing", in_table("_parameters", "bias", None)),
-        ("tensor that is none", in_table("_parameters", "bias", [1.0])),
+        (DAMAGED, in_table("_parameters", "bias", [1.0])),
         ("extra is unknown", in_table("_parameters", "extra", torch.zeros(1))),
         ("another shape", in_state("z_dim", 5, "")),
-        ("module that is none", in_table("_modules", "input", {}, "synthesis")),
+        (DAMAGED, in_table("_modules", "input", {}, "synthesis")),
         ("sizes are impossible", in_state("_modules", {}, "mapping")),
         ("another version", lambda name, meta: meta.update(version=7)),
         ("class_name", lambda name, meta: meta.update(class_name="Discriminator")),
         ("activation of mapping.fc1", in_state("activation", "relu")), ("bias_gain", in_state("bias_gain", 0.02)),
-        ("sizes are impossible", in_state("z_dim", 2 ** 62, "")), ("is missing", in_state("img_resolution", 16, "")),
+        ("sizes are impossible", in_state("z_dim", 2 ** 62, "")), (DAMAGED, in_state("img_resolution", 16, "")),
         ("architecture", in_state("architecture", "resnet", "synthesis.b4")),
         ("conv_clamp", in_state("conv_clamp", -1.0, "synthesis.b4.conv1")),
         (DAMAGED, lambda name, meta: meta["state"].pop("conv_clamp", 0)),
         (DAMAGED, lambda name, meta: meta["state"].pop("w_dim", 0)),
         ("keys that are no names", in_state("x", {1: 2}))]
     good = open(write_generator(tmp_path / "good.pkl", official(state, **LAYOUT), 4), "rb").read()
-    edited = [(words, open(write_generator(tmp_path / f"{k}.pkl", official(state, edit, **LAYOUT), 2 + k % 3), "rb").read())
-              for k, (words, edit) in enumerate(edits)]
+    edited = []
+    for k, (words, edit) in enumerate(edits):
+        path_of_it = write_generator(tmp_path / "edited.pkl", official(state, edit, **LAYOUT), 2 + k % 3)
+        edited.append((words, open(path_of_it, "rb").read()))
     opcodes = [(DAMAGED, code) for code in (b"(" + path + b"iposix\nmkdir\n.", b"(NNo.", b"\x82\x01.", b"Pa\n.", b"]2.",
                                             b"cdnnlib.util\nEasyDict\n)}\x92.", b"})R.", b"]]\x93.", b"N]a.")]
     files = edited + opcodes + [
-        ("'posix mkdir'", b"cposix\nmkdir\n" + path + b"\x85R."), ("outside itself", b"NQ."),
-        ("sets the state", b"}}b."), ("sets the state", b"cdnnlib.util\nEasyDict\nN}X\x08\0\0\0__code__Ns\x86b."),
+        ("'posix mkdir'", b"cposix\nmkdir\n" + path + b"\x85R."), ("no G_ema", b"NQ."),
+        ("no G_ema", b"}}b."), ("no G_ema", b"cdnnlib.util\nEasyDict\nN}X\x08\0\0\0__code__Ns\x86b."),
         ("no G_ema", b"}."), ("something follows", good + b"\n"),
         *[(DAMAGED, good[:n]) for n in (0, 1, 1000, len(good) // 2, len(good) - 1)],
         # what users take for such a file
@@ -358,10 +387,11 @@ def deep_modules():
 
 
 def test_small_files_cannot_fill_the_memory_nor_the_day(tmp_path):
-    """Each would take gigabytes, minutes or the stack of a reader that trusts it.  The words name the guard that held."""
+    """Each would take gigabytes, hours or the stack of a reader that trusts it; the words name the guard that held."""
     cuts = inner_pickles(BLOB)
     junk = BLOB[:cuts[2]] + b"\x80\2}(" + text("little_endian") + b"\x88" + text("junk") + text("a" * 10 ** 6) + b"u."
-    again = b"ctorch.storage\n_load_from_bytes\nq\0B" + struct.pack("<I", len(junk + BLOB[cuts[3]:])) + junk + BLOB[cuts[3]:]
+    junk += BLOB[cuts[3]:]
+    again = b"ctorch.storage\n_load_from_bytes\nq\0B" + struct.pack("<I", len(junk)) + junk
     often, keys = "repeats its parts", "keys that are no names"
     bombs = [
         ("no G_ema", b"Nr\xff\xff\xff\x7f."),                                     # a memo of 2^31 entries
@@ -374,7 +404,7 @@ def test_small_files_cannot_fill_the_memory_nor_the_day(tmp_path):
         (often, again + b"\x85q\1" + b"h\0h\1R" * 10_000),
         (DAMAGED, b"ccollections\nOrderedDict\nq\0](" + b"NN\x86" * 100 + b"e\x85q\1" + b"h\0h\1R" * 10_000),
         ("encodings.idna", b"cencodings.idna\nencode\n."),
-        ("names that are too long", deep_modules())]
+        ("too long names", deep_modules())]
     start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert not refused(str(tmp_path / "bomb.pkl"), bombs)
     assert time.process_time() - start < 20
