@@ -1,13 +1,11 @@
-"""train_afhq_latent.py: the sampler against quadrature, the chains, the scores; photographs and options to refuse."""
+"""train_afhq_latent.py: the sampler against quadrature, chains, scores; files, folders and options to refuse."""
 import errno
-import io
+import itertools
 import math
 import os
 import shutil
 import signal
-import struct
-import warnings
-import zlib
+import sys
 
 import numpy as np
 import ot
@@ -17,105 +15,177 @@ from PIL import Image
 
 from conftest import final, here, refuses, signal_at, smoke, whole, written
 
+import images
+import run as run_room
 import stylegan2
+
+NAME = "afhq_cat_eps1_seed0_smoke"
+
 
 @pytest.fixture
 def afhq():
-    return whole("afhq_cat_eps1_seed0_smoke")[2]
-
-
-def afhq_layout(folder, save, n=12):
-    """AFHQ's layout with n images of train/cat, and save(path) as one of them."""
-    for k in range(n):
-        path = folder / ("val" if k > 9 else "train") / "cat" / f"{k}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (40, 48), (20 * k, 0, 255)).save(path)
-    save(folder / "train" / "cat" / "5x.jpg")
-
-
-def truncated(path):
-    jpeg = io.BytesIO()
-    Image.effect_noise((64, 64), 50).save(jpeg, "jpeg")
-    path.write_bytes(jpeg.getvalue()[:600])
+    return whole(NAME)[2]
 
 
 @pytest.fixture
 def any_generator(monkeypatch):
-    """Any --generator is a random one."""
+    """Any --generator is this one."""
     G = stylegan2.random_generator(8, 8, 16, channel_base=32, channel_max=8, num_layers=1, conv_clamp=None)
-    monkeypatch.setattr(stylegan2, "load_generator", lambda path: G)
+    monkeypatch.setattr(stylegan2, "load_generator", lambda path, label=None: G)
+    return G
 
 
-@pytest.fixture
-def refused(tmp_path, any_generator):
-    """Checks that a run on tmp_path/data ends with one sentence that holds these words, and leaves nothing behind."""
-    def check(*words, generator=__file__, source="cat"):
-        with warnings.catch_warnings(record=True) as seen:
-            output, _ = here("train_afhq_latent.py", "--data", tmp_path / "data", "--generator", generator,
-                             "--source", source, "--out", tmp_path / "out", code=2)
-        assert not seen and not [f for f in written(tmp_path / "out") if not f.endswith(".lock")], output
-        refuses(output, *words)
-
-    return check
+def pictures(folder, *names):
+    """PNG images of so many shades, 40 x 48."""
+    for k, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 48), (20 * k, 0, 255)).save(path)
+    return folder
 
 
-def test_bad_data_and_generators(tmp_path, refused):
-    refused(str(tmp_path / "nowhere.pkl"), "download", "afhqdog.pkl", "--generator", generator=tmp_path / "nowhere.pkl")
-    refused(str(tmp_path / "data"), "AFHQ", "--data")
-    (tmp_path / "data").mkdir()
-    refused("holds 0 images", "AFHQ")
-    afhq_layout(tmp_path / "data", lambda path: path.write_text("not an image"))
-    refused("5x.jpg", "not a usable image", "replace or delete")
-    truncated(tmp_path / "data" / "train" / "cat" / "5x.jpg")
-    refused("5x.jpg", "not a usable image")
-    refused("holds 0 images of wild", "train/wild", "--source", source="wild")
+def like_afhq(folder):
+    return pictures(folder, *(f"train/{kind}/{k}.png" for kind in ("cat", "wild") for k in range(3)), "val/cat/9.png")
 
 
-@pytest.mark.parametrize("kind", ["uint16.png", "float32.tif", "int32.tif"])
-def test_images_of_more_than_8_bits_are_refused(kind, tmp_path, refused):
-    """PIL would clip all their pixels to white or to black."""
-    deep = Image.fromarray(np.linspace(0, 1 if "float" in kind else 30000, 32 * 32).reshape(32, 32).astype(kind[:-4]))
-    afhq_layout(tmp_path / "data", lambda path: deep.save(path.parent / kind))
-    refused(kind, "not 8 bits per channel", "replace or delete")
+def refused(out, *options, words):
+    """The run ends with one sentence that holds these words, and leaves nothing behind."""
+    output, _ = here("train_afhq_latent.py", "--out", out, *options, code=2)
+    refuses(output, *words)
+    assert not os.path.isdir(out) or not [path for path in out.rglob("*") if path.is_file() and path.suffix != ".lock"]
 
 
-@pytest.mark.parametrize("side", [8000, 10_000, 50_000])  # PIL allows the first, warns of the second, refuses the third
-def test_images_of_too_many_pixels_are_refused(side, tmp_path, refused):
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+# ------------------------------------------------------------------------------------------------ options
 
-    header = chunk(b"IHDR", struct.pack(">2I5B", side, side, 1, 0, 0, 0, 0))  # 1 bit, grey
-    bomb = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
-    afhq_layout(tmp_path / "data", lambda path: (path.parent / "bomb.png").write_bytes(bomb))
-    refused("bomb.png", " pixels", "replace or delete")
+def test_every_combination_of_options(tmp_path, any_generator, monkeypatch):
+    """One that has no meaning is refused; any other gets as far as to its images."""
+    monkeypatch.setattr(images, "find", lambda folder: sys.exit(0))
+    monkeypatch.setattr(run_room, "in_turn", lambda: sys.exit(0))  # around the making of images
+    own = {"--data": like_afhq(tmp_path / "data"), "--generator": "own.pkl", "--source": "wild", "--class": 1}
+    options = ["--smoke", "--check", *own]
+    for n in range(len(options) + 1):
+        for given in itertools.combinations(options, n):
+            line = [word for option in given for word in (option, own.get(option)) if word is not None]
+            makes, has = {"--smoke", "--check"} & set(given), set(own) & set(given)
+            if len(makes) + bool(has) > 1:
+                refused(tmp_path / "out", *line, words=["--check and --smoke", "--data", "--class"])
+            elif not makes and "--data" not in given:
+                refused(tmp_path / "out", *line, words=["no folder", "afhq", "--data"])
+            else:
+                here("train_afhq_latent.py", "--out", tmp_path / "out", *line)
+
+
+@pytest.mark.parametrize("option", ["--data", "--generator", "--source", "--translate", "--class"])
+def test_empty_values(option, tmp_path):
+    refused(tmp_path / "out", option, "", words=[option])
+
+
+def test_the_level_of_the_folder(tmp_path, any_generator, monkeypatch):
+    """All animals are never taken for one: too high, too low, and one folder of images, which has no --source."""
+    monkeypatch.setattr(images, "read", lambda *a: sys.exit(0))
+    data = like_afhq(tmp_path / "up" / "afhq")
+    for folder, source, words in (
+            (data, "", ()), (data, "wild", ()), (data / "train" / "cat", "", ()),
+            (data.parent, "", ("3 folders", "--data", "above train")), (data / "train", "", ("2 folders", "--data")),
+            (data.parent, "cat", ("no train/cat", "--source")), (data / "train" / "cat", "cat", ("no train/cat",)),
+            (data, "dog", ("no folder dog", "cat or wild", "--source")), (data, "../cat", ("no folder ../cat",)),
+            (data / "train" / "cat" / "1.png", "", ("no folder", "--data")), (tmp_path / "none", "", ("no folder",))):
+        options = ["--data", folder, *["--source", source][:2 * bool(source)]]
+        if words:
+            refused(tmp_path / "out", *options, words=words)
+        else:
+            here("train_afhq_latent.py", "--out", tmp_path / "out", *options)
+
+
+def test_names_tell_inputs_apart(tmp_path, any_generator, monkeypatch):
+    monkeypatch.setattr(images, "read", lambda *a: sys.exit(os.path.basename(sys._getframe(1).f_globals["name"])))
+    data = like_afhq(tmp_path / "data")
+    for options, name in ((("--data", data), "afhq_cat"), (("--data", data, "--source", "wild"), "afhq_wild"),
+                          (("--data", data / "train" / "wild"), "afhq_wild"),
+                          (("--data", data, "--generator", "x/ffhq.pkl"), "afhq_cat_to_ffhq"),
+                          (("--data", data, "--class", 3), "afhq_cat_to_afhqdog_class3")):
+        here("train_afhq_latent.py", "--out", tmp_path / "out", *options, code=f"{name}_eps1_seed0")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
+def test_what_keeps_translations_from_being_written_shows_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "find", None)  # not even the images are looked for
+    (tmp_path / "file").write_text("")
+    deep = os.path.join(tmp_path, *["y" * 200] * 19)
+    for folder, words in ((tmp_path / "file", "File exists"), (tmp_path / "file" / "in", "Not a directory"),
+                          (tmp_path / ("x" * 300), "too long"), (f"{deep}/{'z' * (4000 - len(deep))}", "too long"),
+                          ("/proc/self", "cannot write /proc/self/ (")):
+        refused(tmp_path / "out", "--smoke", "--translate", folder, words=[str(folder), words])
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+def test_bad_generators(tmp_path, any_generator, monkeypatch):
+    data = ["--data", like_afhq(tmp_path / "data")]
+    any_generator.img_channels = 1
+    refused(tmp_path / "out", *data, words=["1 channels", "colour images", "--generator"])
+    monkeypatch.undo()
+    bad = tmp_path / "bad.pkl"
+    refused(tmp_path / "out", *data, "--generator", bad, words=[str(bad), "No such file", "StyleGAN2-ADA-PyTorch"])
+    bad.write_bytes(b"cos\nsystem\n(X" + len(f"touch {bad}x").to_bytes(4, "little") + f"touch {bad}x".encode() + b"tR.")
+    refused(tmp_path / "out", *data, "--generator", bad, words=[str(bad), "'os system'", "nothing in it was run"])
+    assert not os.path.exists(f"{bad}x")
+
+
+def test_bad_images(tmp_path, any_generator):
+    data = pictures(tmp_path / "data", "1.png")
+    refused(tmp_path / "out", "--data", data, words=["0 images to train with", str(data)])
+    pictures(data, *(f"{k}.png" for k in range(5)))
+    (data / "5x.jpg").write_text("not an image")
+    refused(tmp_path / "out", "--data", data, words=["5x.jpg", str(data)])
+
+
+def test_other_images_or_another_generator_do_not_carry_a_run_on(tmp_path, monkeypatch):
+    smoke(NAME, tmp_path)
+    with monkeypatch.context() as patch:
+        shapes = stylegan2.random_generator
+        patch.setattr(stylegan2, "random_generator", lambda *a, **more: shapes(*a, **more, seed=1))
+        refuses(smoke(NAME, tmp_path, "--resume", code=2)[0], "GENERATOR was", "without --resume")
+    Image.new("RGB", (32, 32)).save(tmp_path / f"{NAME}_data" / "train" / "cat" / "00003.png")
+    refuses(smoke(NAME, tmp_path, "--resume", code=2)[0], "IMAGES was", "without --resume")
+
+
+def test_what_a_run_writes():
+    folder, output, values = whole(NAME)
+    assert written(folder) == {f"{NAME}.pt", f"{NAME}.png", f"{NAME}_data", "translated"}
+    found = sorted(os.listdir(folder / "translated"))
+    assert len(found) == 6 * values["PER_IMAGE"] and found[0] == "00000_00024_1.png"
+    x, y = values["photographs"](values["test_rows"]), values["render"](values["translations"])
+    assert final(output)["cost"] == pytest.approx(values["AREA"] * (x - y).square().sum(1).mean().item() / 2, rel=1e-3)
+    exact = ot.emd2([], [], values["matrix"].numpy())
+    assert final(output)["assigned_cost"] == pytest.approx(exact, rel=1e-3) and "discrete_cost" in final(output)
+    with Image.open(folder / f"{NAME}.png") as picture:
+        assert picture.size == (6 * 258, 6 * 258)  # six sources, each with five translations, and lines
 
 
 def test_trains_on_files_and_names_every_translation(tmp_path, any_generator, monkeypatch):
-    """Sources whose names differ in their folder or ending only; a pipe among them, which must not be waited for."""
-    names = "a.png", "a.jpg", "b/a.png", "b_c/d.png", "b/c_d.png", "b/c/d.png", "e" * 200 + ".png"
-    for k, path in enumerate(tmp_path / "data" / split / "cat" / name for split in ("train", "val") for name in names):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (40, 48), (20 * k, 0, 255)).save(path)
-    os.mkfifo(tmp_path / "data" / "train" / "cat" / "pipe.png")
+    """Sources whose names differ in their ending or case only, or are long."""
+    names = "a.png", "a.jpg", "A.png", "b c.png", "e" * 200 + ".png"
+    pictures(tmp_path / "data", *(f"{split}/cat/{name}" for split in ("train", "val") for name in names))
     signal_at(monkeypatch, 1, signal.SIGINT)
-    output, values = here("train_afhq_latent.py", "--data", tmp_path / "data", "--generator", __file__,
+    constants_of = run_room.constants_of
+    smaller = dict(POOL=64, LIFE=4, COOL=2)
+    monkeypatch.setattr(run_room, "constants_of", lambda values: values.update(smaller) or constants_of(values))
+    output, values = here("train_afhq_latent.py", "--data", tmp_path / "data", "--generator", "afhqdog.pkl",
                           "--device", "cpu", "--out", tmp_path / "out", "--translate", tmp_path / "dogs")
-    assert "step      1/2500" in output and len(values["train"]) == len(values["held_out"]) == len(names)
-    pictures = sorted(os.listdir(tmp_path / "dogs"))
-    assert len(pictures) == len(names) * values["PER_IMAGE"]
-    for number, path in enumerate(values["held_out"]):
-        stem = os.path.splitext(os.path.basename(path))[0][:50]
-        of_this = pictures[number * values["PER_IMAGE"]:(number + 1) * values["PER_IMAGE"]]
-        assert all(file[5:].startswith(f"_{stem}_") for file in of_this), (path, of_this)
-        z = values["translations"][number * values["PER_IMAGE"]][None]
-        shown = np.asarray(Image.open(tmp_path / "dogs" / of_this[0])) / 255.0
-        assert np.abs(shown - values["full_images"](z)[0].clamp(0, 1).permute(1, 2, 0).numpy()).max() < 0.51 / 255
+    (folder, held_out), copies = values["held_out"], values["PER_IMAGE"]
+    assert "step      1/2500" in output and len(values["train"][1]) == len(held_out) == len(names)
+    expected = {f"{k:05d}_{name[:-4][:50]}_{copy}.png" for k, name in enumerate(held_out) for copy in (1, 2, 3, 4)}
+    assert set(os.listdir(tmp_path / "dogs")) == expected
+    for number, name in enumerate(held_out):
+        path = tmp_path / "dogs" / f"{number:05d}_{name[:-4][:50]}_1.png"
+        shown = values["full_images"](values["translations"][number * copies][None])[0].clamp(0, 1).permute(1, 2, 0)
+        assert np.abs(np.asarray(Image.open(path)) / 255.0 - shown.numpy()).max() < 0.51 / 255
 
 
 def test_a_full_disk_leaves_whole_pictures(tmp_path, monkeypatch):
-    name = "afhq_cat_eps1_seed0_smoke"
     folder = tmp_path / "run"
-    shutil.copytree(whole(name)[0], folder, ignore=shutil.ignore_patterns("*.lock"))
+    shutil.copytree(whole(NAME)[0], folder, ignore=shutil.ignore_patterns("*.lock"))
     before = {path: path.read_bytes() for path in folder.rglob("*.png")}
 
     def full(image, file, filename):
@@ -123,58 +193,24 @@ def test_a_full_disk_leaves_whole_pictures(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setitem(Image.SAVE, "PNG", full)
-    output, _ = smoke(name, folder, "--resume", code=2)
-    assert f"warning: cannot write {folder}/{name}.png" in output
+    output, _ = smoke(NAME, folder, "--resume", code=2)
+    assert f"warning: cannot write {folder}/{NAME}.png" in output
     refuses(output, "translated", "No space left", "--resume with --translate")
     assert before == {path: path.read_bytes() for path in folder.rglob("*.png")} and not list(folder.rglob("*.tmp"))
-    output, _ = smoke(name, tmp_path / "fresh", code=2)
-    refuses(output, f"{name}_data", "No space left", "--out")
+    output, _ = smoke(NAME, tmp_path / "fresh", code=2)
+    refuses(output, f"{NAME}_data", "No space left", "--out")
     assert not [path for path in (tmp_path / "fresh").rglob("*") if path.is_file() and path.suffix != ".lock"]
 
 
-def test_other_data_are_refused(tmp_path):
-    name = "afhq_cat_eps1_seed0_smoke"
-    smoke(name, tmp_path)
-    Image.new("RGB", (32, 32)).save(tmp_path / f"{name}_data" / "train" / "cat" / "00003.png")
-    output, _ = smoke(name, tmp_path, "--resume", code=2)  # not the data it was trained on
-    refuses(output, "IMAGES was", "without --resume")
+def test_images_to_train_with_and_held_out(afhq):
+    """As the shared reader gives them, the ones to train with first."""
+    rows = [images.read(*part, afhq["SIDE"]) for part in (afhq["train"], afhq["held_out"])]
+    assert torch.equal(afhq["pixels"], torch.cat(rows)) and list(map(len, rows)) == [24, 6]
+    x = afhq["photographs"](torch.tensor([25]))
+    assert torch.allclose(x, rows[1][1].flatten()[None] / 255 - afhq["pool_mean"])
 
 
-def test_foreign_generator(tmp_path):
-    (tmp_path / "bad.pkl").write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path).encode() + b"/executed'\ntR.")
-    output, _ = here("train_afhq_latent.py", "--generator", tmp_path / "bad.pkl", "--data", tmp_path, "--out", tmp_path,
-                     code=2)
-    refuses(output, "bad.pkl")
-    assert not (tmp_path / "executed").exists()
-
-
-def test_images_of_every_kind(tmp_path, afhq, monkeypatch):
-    """Grey, alpha, palette and oblong images: exactly the averages of the central square."""
-    decode, args, side, folder = afhq["decode"], afhq["args"], afhq["SIDE"], tmp_path / "any" / "deep"
-    folder.mkdir(parents=True)
-    blocks = np.random.default_rng(0).integers(0, 256, (side, side, 4), dtype=np.uint8)
-    fine = blocks.repeat(3, 0).repeat(3, 1).astype(float)
-    fine[::3, ::3] += 3 * (fine[::3, ::3] < 250) - 3 * (fine[::3, ::3] >= 250)  # moves every average by +-1/3
-    fine = np.pad(fine.astype(np.uint8), ((0, 0), (9, 9), (0, 0)), constant_values=99)  # oblong: the margins must go
-    for mode, expected in (("RGB", blocks[..., :3]), ("RGBA", blocks[..., :3]), ("L", blocks[..., :1].repeat(3, 2))):
-        Image.fromarray(fine[..., 0] if mode == "L" else fine[..., :len(mode)]).save(folder / f"{mode}.png")
-        got = decode(folder / f"{mode}.png")
-        assert got.dtype == np.uint8 and got.shape == (side, side, 3) and (got == expected).all(), mode
-    Image.fromarray(fine[..., :3].transpose(1, 0, 2)).save(folder / "upright.png")
-    assert (decode(folder / "upright.png") == blocks[..., :3].transpose(1, 0, 2)).all()
-    Image.fromarray(fine[..., 0]).convert("P").save(folder / "P.png", transparency=bytes(range(256)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert (decode(folder / "P.png") == decode(folder / "L.png")).all()
-    files = afhq["train"] + afhq["held_out"]
-    assert len(afhq["pixels"]) == len(files) == 30
-    assert all((afhq["pixels"][k].numpy() == decode(file)).all() for k, file in enumerate(files))
-
-    monkeypatch.setattr(args, "data", str(tmp_path / "any"))
-    train, held_out = afhq["list_images"]()
-    names = [os.path.basename(p) for p in held_out + train]
-    assert names == ["L.png", "P.png", "RGB.png", "RGBA.png", "upright.png"]  # every tenth is held out
-
+# ------------------------------------------------------------------------------------------------ mathematics
 
 def test_latent_sampler_on_a_circle(afhq, monkeypatch):
     """G(z) = A z/|z| in two dimensions and a potential of the direction: pi_f(.|x) by quadrature over the angle, |z|^2
@@ -186,7 +222,7 @@ def test_latent_sampler_on_a_circle(afhq, monkeypatch):
     unit = lambda z: z / z.norm(dim=1, keepdim=True)
     learned = lambda z: 0.3 * unit(z)[:, 0] * unit(z)[:, 1]
     f = lambda z: learned(z) - eps * z.square().sum(1) / 2
-    for k, v in dict(EPS=eps, AREA=area, images=lambda z: unit(z) @ A.T, LEAP=4).items():
+    for k, v in dict(EPS=eps, AREA=area, render=lambda z: unit(z) @ A.T, LEAP=4).items():
         monkeypatch.setitem(g, k, v)
     angle = torch.linspace(0, 2 * math.pi, 4001)[:-1]
     circle = torch.stack([angle.cos(), angle.sin()], 1)
@@ -238,7 +274,7 @@ def test_scores_against_closed_forms(afhq):
     assert off["square"].item() == pytest.approx((5 * 1.21 + 1.25) / 6, abs=0.03)
     c = 3.0  # of the crossed pairs: the plan [[a, 1/2-a], [1/2-a, a]] has a = 1/2 / (1 + e^(-c/eps)), here with eps = 1
     cost, error = afhq["discrete_plan_cost"](torch.tensor([[0.0, c], [c, 0.0]]).double())
-    assert cost == pytest.approx(c / (1 + math.exp(c)), rel=1e-3) and error < 1e-5
+    assert cost == pytest.approx(c / (1 + math.exp(c)), rel=1e-3) and error < 1e-4
 
 
 def test_potential_and_colours(afhq, monkeypatch):
