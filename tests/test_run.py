@@ -396,10 +396,11 @@ import sys
 import torch
 import common
 import os
-from run import RANK, WORLD, agreed, gather_chains, join_processes, share_out
+from run import RANK, WORLD, agreed, distributed, gather_chains, share_out
 
 torch.set_num_threads(1)
-join_processes(torch.device("cpu"))
+if WORLD > 1:
+    distributed.init_process_group("gloo")
 torch.manual_seed(0)
 f, bank = common.MLP(2, 8, 2), common.Bank(torch.randn(16, 2), torch.randn(16, 2))
 opt = torch.optim.Adam(f.parameters(), lr=0.01)
