@@ -46,7 +46,7 @@ def find(folder):
     def refuse(error):
         fail(f"the folder {folder} cannot be read ({error.strerror}): name one that holds images")
 
-    names, out = [], collections.Counter()
+    folder, names, out = os.fspath(folder), [], collections.Counter()
     for path, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
         for file in files:
@@ -151,19 +151,20 @@ def out_folder(folder):
 
 
 def write_folder(path, names, y):
-    """Write translations y (N, M, C, H, W) of images so named into a folder: NAME.png, or NAME_1.png ... for M > 1."""
+    """Write translations of images so named into a folder: NAME.png, or NAME_1.png ... for M > 1.  y: for each image
+    (M, C, H, W), in one tensor or, where that would be too large, from a generator."""
     stems = [os.path.splitext(name)[0] for name in names]
     twice = {stem for stem, count in collections.Counter(map(str.lower, stems)).items() if count > 1}
     stems = [name if stem.lower() in twice else stem for name, stem in zip(names, stems)]  # a.jpg beside a.png
-    pixels = (127.5 * (y.clamp(-1, 1) + 1)).round().byte().expand(-1, -1, 3, -1, -1).permute(0, 1, 3, 4, 2).cpu()
-    for stem, copies in zip(stems, pixels.numpy()):
+    for stem, copies in zip(stems, y):
         make_folder(os.path.dirname(os.path.join(path, stem)))
-        for k, image in enumerate(copies, 1):
-            file_name = os.path.join(path, stem + f"_{k}" * (len(copies) > 1) + ".png")
+        pixels = (127.5 * (copies.clamp(-1, 1) + 1)).round().byte().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu()
+        for k, image in enumerate(pixels.numpy(), 1):
+            file_name = os.path.join(path, stem + f"_{k}" * (len(pixels) > 1) + ".png")
             problem = write_aside(file_name, lambda file: Image.fromarray(image).save(file, "png"))
             if problem:
                 fail(f"{problem}; then --resume with --translate writes them again")
-    print(f"wrote {y.shape[1]} translations of each of {len(names)} images into {path}")
+    print(f"wrote {len(pixels)} translations of each of {len(names)} images into {path}")
 
 
 def save_pairs(path, x, y):
