@@ -1,11 +1,9 @@
 """digits.py: readers of MNIST and of folders, colours, scores by hand."""
 import colorsys
-import math
 import os
 import runpy
 
 import numpy as np
-import ot
 import pytest
 import torch
 import torchvision.datasets.mnist as mnist
@@ -58,31 +56,59 @@ def test_a_folder_of_images_of_every_kind(tmp_path, monkeypatch):
     assert (digits.read_image(tmp_path / "again.png") - again).abs().max() < 0.2  # nothing is left to do
 
 
-def test_bad_folders_are_one_sentence(tmp_path):
-    def refused(words, options=("--smoke", "--data", tmp_path / "none", "--out", tmp_path / "out")):
-        refuses(here("train_cmnist.py", *options, "--translate", tmp_path / "mine", code=2)[0], *words)
+def test_the_crop_follows_the_share_of_the_light():
+    """In digits.digit_box; a 2 of 300 pixels in a photograph of 1000, in which single pixels are brighter than it."""
+    two = digits.synthetic_digits(2, 1, torch.Generator().manual_seed(3))
+    photograph = torch.zeros(1000, 1000)
+    photograph[200:520, 300:620] = torch.nn.functional.interpolate(two, (320, 320), mode="bilinear")[0, 0] * 0.6
+    clean = digits.digit_box(photograph)
+    photograph[torch.randint(1000, (40,), generator=torch.Generator().manual_seed(0)),
+               torch.randint(1000, (40,), generator=torch.Generator().manual_seed(1))] = 1.0
+    (top, bottom), _ = clean
+    assert bottom - top > 140 and np.abs(np.subtract(digits.digit_box(photograph), clean)).max() < 5
 
-    refused(["no folder", "mine"])
+
+def test_two_digits_are_refused_side_by_side_and_one_in_pieces_is_not():
+    two = digits.synthetic_digits(2, 1, torch.Generator().manual_seed(3))[0, 0]
+    top, bottom = digits.digit_box(two)[0]
+    apart, touching = torch.cat([two, two], 1), two.repeat(1, 3)
+    touching[(top + bottom) // 2] = 1.0
+    for both in (apart, touching):
+        with pytest.raises(ValueError, match="two digits"):
+            digits.digit_box(both)
+    broken = two.clone()
+    broken[(top + bottom) // 2 - 1:(top + bottom) // 2 + 1] = 0  # above and below
+    assert digits.digit_box(broken)[0] == (top, bottom)
+
+
+def test_bad_folders_are_one_sentence(tmp_path):
+    def refused(*words):
+        options = "--smoke", "--data", tmp_path / "none", "--out", tmp_path / "out", "--translate", tmp_path / "mine"
+        refuses(here("train_cmnist.py", *options, code=2)[0], *words)
+
+    refused("mine", "cannot be read")
     (tmp_path / "mine").mkdir()
-    refused(["holds no files"])
+    refused("holds no images")
     bad = tmp_path / "mine" / "bad.png"
     bad.write_text("no image")
-    refused(["bad.png", "not a digit on black"])
+    refused("bad.png", "not a digit on black")
     for shade, words in ((0, "nothing in it is lit"), (255, "background is not black")):
         Image.new("RGB", (40, 30), (shade,) * 3).save(bad)
-        refused(["bad.png", words])
+        refused("bad.png", words)
+    two = digits.colorize(digits.synthetic_digits(2, 2, torch.Generator().manual_seed(3)))
+    for k, image in enumerate((torch.cat([two[0], two[1]], 2), two[0])):
+        Image.fromarray((127.5 * (image + 1)).byte().permute(1, 2, 0).numpy()).save(bad.with_name(f"{k}.png"))
     Image.new("1", (10000, 6000)).save(bad)
-    refused(["bad.png", "10000x6000"])
+    refused("2 images", "bad.png (10000x6000", "0.png (it shows two digits side by side)")
+    bad.unlink()
+    bad.with_name("0.png").unlink()
+    (tmp_path / "mine_translated").write_text("a file where the translations would go")
+    refused("mine_translated")
     assert not (tmp_path / "out" / "cmnist_eps0.1_seed0_smoke.pt").exists()  # said before the training
 
 
 def test_digit_scores_by_hand():
     torch.manual_seed(0)
-    m = 1.0
-    folded = 2 / math.pi ** 0.5 * math.exp(-m * m / 4) + m * math.erf(m / 2)  # E|N(m, 2)|
-    a, b = torch.randn(4000, 1), m + torch.randn(3000, 1)
-    assert digits.energy_distance(a, b) == pytest.approx(2 * folded - 4 / math.pi ** 0.5, abs=0.03)
-    assert abs(digits.energy_distance(a, torch.randn(3000, 1))) < 0.01
     y = torch.full((5, 2, 3, 4, 4), -1.0)
     y[:, :, 1, 0], y[:, 0, 1, 1], y[:, :, 1, 2] = 1.0, 0.0, -0.8  # lit, half lit in one of two, dark
     x = -torch.ones(5, 3, 4, 4)
@@ -92,9 +118,6 @@ def test_digit_scores_by_hand():
     assert scores["spread"] == pytest.approx(4 / 48 / 2 ** 0.5) and scores["hue_err"] == pytest.approx(120, abs=0.1)
     assert scores["cost"] == pytest.approx((y - x[:, None]).square().sum((2, 3, 4)).mean().item() / 2)
     assert digits.digit_scores(x, x[:, None], x + 1)["shape"] == pytest.approx(1)  # nothing done
-    x, y = torch.randn(20, 3, 4, 4), torch.randn(25, 3, 4, 4)
-    exact = ot.emd2([], [], ot.dist(x.flatten(1).double().numpy(), y[:20].flatten(1).double().numpy())) / 2
-    assert digits.exact_ot_cost(x, y) == pytest.approx(exact, rel=1e-5)
 
 
 def test_reads_real_files_and_refuses_bad_ones(tmp_path, monkeypatch):
