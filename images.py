@@ -46,7 +46,7 @@ def find(folder):
     def refuse(error):
         fail(f"the folder {folder} cannot be read ({error.strerror}): name one that holds images")
 
-    names, out = [], collections.Counter()
+    folder, names, out = os.fspath(folder), [], collections.Counter()
     for path, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
         for file in files:
