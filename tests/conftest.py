@@ -48,10 +48,10 @@ def command(script, *options, prelude="", folder=HERE):
     return [sys.executable, "-c", f"{head}\n{prelude}\nrunpy.run_path(sys.argv[0], run_name='__main__')"]
 
 
-def run(script, *options, cwd, code=0, folder=HERE):
-    """Run a script as a user does, from the folder cwd -> its output."""
+def run(script, *options, cwd, code=0, folder=HERE, env={}):
+    """Run a script as a user does, from the folder cwd -> its output.  env: further environment variables."""
     argv = command(script, *options, folder=folder)
-    done = subprocess.run(argv, cwd=cwd, capture_output=True, text=True, timeout=150)
+    done = subprocess.run(argv, cwd=cwd, capture_output=True, text=True, timeout=150, env={**os.environ, **env})
     assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     assert "Traceback" not in done.stderr, done.stderr
     return done.stdout + done.stderr

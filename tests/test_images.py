@@ -232,13 +232,14 @@ def test_walk_is_exact_for_gaussians_and_stays_in_the_box():
     assert y.abs().max() == 3.0
 
 
-def test_tweedies_step_is_the_posterior_mean():
+def test_translations_end_with_the_mean_under_the_noise():
     """x given, y0 ~ N(m, v), y = y0 + noise: E[y0|y] = m + v/(v + noise^2) (y - m)."""
     eps, noise, v, m = 0.1, 0.3, 0.05, 0.2
     S = (v + noise ** 2) / eps  # pi(.|x) = N(m, eps S)
     f = lambda y: (y.square() / 2 - (y - m).square() / (2 * S)).flatten(1).sum(1)
     x, y = torch.zeros(5, 1, 3, 3), m + 0.3 * torch.randn(5, 1, 3, 3)
-    assert torch.allclose(images.denoised(f, x, y, eps, noise), m + v / (v + noise ** 2) * (y - m), atol=1e-5)
+    made = images.translate(f, lambda x: y, x, 1, eps, noise, eta=0.0, steps=0, box=9.0)[:, 0]
+    assert torch.allclose(made, m + v / (v + noise ** 2) * (y - m), atol=1e-5)
 
 
 def test_translate_gives_each_source_its_own_translations():
