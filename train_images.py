@@ -17,15 +17,14 @@ Writes beside itself (or under --out) images_A_to_B_32_eps0.1_seed0_HASH.pt, whi
 and M translations of each, _real.pt: held-out targets, for eval_fid.py, and NEW_translated/NAME.png.
 
 The base leaves ghosts of the source behind; the net learns what targets look like, at every resolution.  As with the
-digits, targets get noise of deviation NOISE, or f would become too steep for the chains to mix; decay of the weights
-keeps it smooth.  A chain starts from an exact draw of the base's plan, lives for LIFE visits of N_LANGEVIN steps and
-ends.  A translation does the same, and then takes the mean of the image under the noise (Tweedie's formula).
+digits, targets get noise of deviation NOISE, and decay of the weights keeps f smooth.  A chain starts from an exact
+draw of the base's plan, lives for LIFE visits of N_LANGEVIN steps and ends.  A translation does the same: where chains
+lived longer than translations, or for many more steps of the training, f was wrong where translations end.
 
-Now and then training sources are translated and scored against targets held out for this alone (every VALIDATION-th):
-see images.translation_scores.  The weights that score best are kept; a training that runs off goes back to them, at
-half the rate: whatever happens there is a plan, if only the base's.  The last line scores the translations of the test
-sources; `control base` those of the base alone, `control retrieval` training targets paired with the sources by
-discrete OT: a score that a control reaches too is no evidence.
+Weights are scored on images held out for this alone: see images.translation_scores.  The best are kept; a training
+that runs off goes back to them at half the rate: whatever happens there is a plan, if only the base's.  The last line
+scores the test sources' translations; `control base` those of the base alone, `control retrieval` training targets
+paired with the sources by discrete OT: a score that a control reaches too is no evidence.
 """
 import hashlib
 import math
@@ -107,29 +106,25 @@ if args.translate:  # read now: what is wrong must show before the training
     new_names, new_folder = images.find(args.translate), images.out_folder(args.translate)
     new = images.read(args.translate, new_names, SIDE, args.background) / 127.5 - 1
 x, y, test_x, test_real = (s.to(device) for s in images.read_pair(args.folders, SIDE, args.background))
-if args.swap:
-    x, y, test_x, test_real = y, x, test_real, test_x
+x, y, test_x, test_real = (y, x, test_real, test_x) if args.swap else (x, y, test_x, test_real)
 valid, y = y[::VALIDATION], y[torch.arange(len(y), device=device) % VALIDATION > 0]
 IMAGES = hashlib.sha256(repr([s.double().sum((2, 3)).tolist() for s in (x, y)]).encode()).hexdigest()[:16]
 CHANNELS, RANK = x.shape[1], min(RANK, (len(x) + len(y)) // 2)
 CONSTANTS = constants_of(globals())  # a run is resumed with the same images only
-title = " to ".join(os.path.basename(os.path.abspath(folder)) for folder in args.folders) + ", swapped" * args.swap
-name = f"images_{title}_{SIDE}_eps{EPS:g}_seed{SEED}_{IMAGES[:4]}".replace(", ", "_").replace(" ", "_")
-name = os.path.join(args.out, name)
+title = "_to_".join(os.path.basename(os.path.abspath(folder)) for folder in args.folders) + "_swapped" * args.swap
+name = os.path.join(args.out, f"images_{title}_{SIDE}_eps{EPS:g}_seed{SEED}_{IMAGES[:4]}")
 
 
 # ---------------------------------------------------------------------------------------------- potential
 
 class Base(nn.Module):
     """The entropic plan between Gaussians with the means and covariances of both sets: full in the RANK main directions
-    of both, isotropic outside them.  V: those directions, turned so that S is diagonal; with the mean of all images
-    taken off, p is what is along V, o what is not:
+    V of both, which are turned so that S is diagonal, isotropic outside.  With the mean of all images taken off, p is
+    what is along V, o what is not.  NOISE^2 is added to the variances of y, 0.01^2 to those of x; no variance EPS S is
+    below ETA/2, or Langevin steps would run away.
 
         f(y) = |y|^2/2 - sum (p - r)^2/(2 S) - |o - r_o|^2/(2 S_o)
-        pi_f(.|x) = N(r + S p_x, EPS S) along V, N(r_o + S_o o_x, EPS S_o) outside
-
-    NOISE^2 is added to the variances of y, 0.01^2 to those of x.  No variance EPS S is below ETA/2, or Langevin steps
-    would run away."""
+        pi_f(.|x) = N(r + S p_x, EPS S) along V, N(r_o + S_o o_x, EPS S_o) outside"""
 
     def __init__(self, x, y):
         super().__init__()
@@ -173,15 +168,9 @@ class Base(nn.Module):
         return (self.mean + p @ self.V.T + o).view_as(x)
 
 
-class Potential(nn.Module):
+def potential(net):
     """f = base + SCALE net: (B, C, H, W) -> (B,)."""
-
-    def __init__(self, base):
-        super().__init__()
-        self.base, self.net = base, images.Pyramid(SIDE, CHANNELS, WIDTHS, HIDDEN)
-
-    def forward(self, y):
-        return self.base(y) + SCALE * self.net(y).squeeze(1)
+    return lambda y: base(y) + SCALE * net(y).squeeze(1)
 
 
 # ---------------------------------------------------------------------------------------------- chains and scores
@@ -197,8 +186,7 @@ def spread_order(points):
 
 def newborn(first, n):
     """Sources and first y of n chains, numbered from `first` on; consecutive ones have sources far apart."""
-    part = 0.6180339887 * torch.arange(first, first + n, dtype=torch.float64, device=device) % 1
-    rows = (part * len(x)).long()
+    rows = (0.6180339887 * torch.arange(first, first + n, dtype=torch.float64, device=device) % 1 * len(x)).long()
     return x[rows], base.draw(x[rows])
 
 
@@ -222,19 +210,19 @@ def score(f):
 
 base = Base(x, y).requires_grad_(False)
 x, y = (s[spread_order(base.parts(s)[0][:, -8:])] for s in (x, y))
-f, f_avg, best = (Potential(base).to(device) for _ in range(3))
-for net in (f_avg, best):
-    net.requires_grad_(False).load_state_dict(f.state_dict())
-opt = torch.optim.AdamW(f.net.parameters(), lr=LR, betas=BETAS, weight_decay=DECAY, fused=True)
+net, net_avg, best = (images.Pyramid(SIDE, CHANNELS, WIDTHS, HIDDEN).to(device) for _ in range(3))
+for other in (net_avg, best):
+    other.requires_grad_(False).load_state_dict(net.state_dict())
+f = potential(net)
+opt = torch.optim.AdamW(net.parameters(), lr=LR, betas=BETAS, weight_decay=DECAY, fused=True)
 zero, shown = torch.zeros((), device=device), test_x[::math.ceil(len(test_x) / SHOWN)]
-scores = torch.full((SCORES + 2, len(CURVES)), math.inf)
-scores[0] = score(base)
-bank = common.Bank(*newborn(0, GROUPS * BATCH), gap=zero, rate=zero + 1, ended=zero, best_step=zero, scores=scores,
-                   early=torch.stack([shown, shown])).to(device)
+bank = common.Bank(*newborn(0, GROUPS * BATCH), gap=zero, rate=zero + 1, ended=zero, best_step=zero,
+                   scores=torch.full((SCORES + 2, len(CURVES)), math.inf), early=torch.stack([shown, shown])).to(device)
+bank.scores[0] = score(base)
 print(f"{len(x)} sources, {len(y)} targets and {len(valid)} to choose by, {len(test_x)} and {len(test_real)} to test, "
       f"{CHANNELS} x {SIDE} x {SIDE}")
 
-parts = {"f": f, "f_avg": f_avg, "best": best, "opt": opt, "bank": bank}
+parts = {"base": base, "net": net, "net_avg": net_avg, "best": best, "opt": opt, "bank": bank}
 run = Run(args, f"{name}.pt", parts, STEPS, LOG_EVERY, CONSTANTS)
 run.steps = run.step if bank.ended else STEPS
 for step in run:
@@ -248,33 +236,33 @@ for step in run:
     y_pos = y[common.stratified_rows(len(y), BATCH, device)]
     gap = common.train_step(f, opt, y_pos + NOISE * torch.randn_like(y_pos), y_now[age >= YOUNG])
     bank.gap += 0.01 * (gap - bank.gap)
-    common.update_ema(f_avg, f, EMA_DECAY, step)
+    common.update_ema(net_avg, net, EMA_DECAY, step)
     at_wall = (y_now.abs() == BOX).float().mean()
     if not (bank.gap.abs() < WIDEST_GAP and at_wall < AT_WALL):  # nan too
         bank.rate /= 2
         print(f"warning: the training ran off at step {step}: back to the best weights, the rate times {bank.rate:g}")
-        for net in (f, f_avg):
-            net.load_state_dict(best.state_dict())
+        for other in (net, net_avg):
+            other.load_state_dict(best.state_dict())
         opt.state.clear()
         bank.x[:], bank.y[:] = newborn(step, len(bank.x))
         bank.gap, at_wall = 0 * bank.rate, 0 * at_wall
         bank.ended += bank.rate < 0.5 ** TRIES
     if step % SCORE_EVERY == 0 or step == STEPS:
         k = -(-step // SCORE_EVERY)
-        bank.scores[k] = score(f_avg)
+        bank.scores[k] = score(potential(net_avg))
         energy, detail, nearest = bank.scores[:k + 1, :3].T
         order = (energy + detail + 0.1 * (nearest - 1).abs()).argsort(stable=True)
         if order[0] == k:
-            best.load_state_dict(f_avg.state_dict())
+            best.load_state_dict(net_avg.state_dict())
             bank.best_step.fill_(step)
         bank.ended += k - order[0] >= PATIENCE
-    if step in (now := [round(part * STEPS) for part in EARLY]):
-        bank.early[now.index(step)] = translated(f_avg, shown, 1)[:, 0]
+    if step in (marks := [round(part * STEPS) for part in EARLY]):
+        bank.early[marks.index(step)] = translated(potential(net_avg), shown, 1)[:, 0]
     run.steps = step if bank.ended else STEPS
     if run.due():
         run.log({}, gap=bank.gap, at_wall=at_wall, cost=common.quadratic_cost(bank.x, bank.y).mean(),
                 square=bank.y.square().mean(), real_square=y.square().mean() + NOISE ** 2,
-                max_param=common.max_param(f.net), **dict(zip(CURVES, bank.scores[step // SCORE_EVERY])))
+                max_param=common.max_param(net), **dict(zip(CURVES, bank.scores[step // SCORE_EVERY])))
 
 # ---------------------------------------------------------------------------------------------- results
 
@@ -285,7 +273,8 @@ def report(what, x, y_made):
     return scores
 
 
-z = translated(best, test_x, TRANSLATIONS)
+f = potential(best)
+z = translated(f, test_x, TRANSLATIONS)
 images.save_pairs(f"{name}_pairs.pt", test_x, z)
 images.save_pairs(f"{name}_real.pt", test_x, test_real[:, None])
 pool = y[common.stratified_rows(len(y), len(test_x), device)]
@@ -294,16 +283,14 @@ report("control base", test_x, translated(base, test_x, 1))
 report("control retrieval", test_x[rows], pool[columns][:, None])
 if args.translate:
     new = (new.mean(1, keepdim=True) if CHANNELS == 1 else new).to(device)
-    images.write_folder(new_folder, new_names, translated(best, new, args.copies))
+    images.write_folder(new_folder, new_names, translated(f, new, args.copies))
 
-four = translated(best, shown, 4)
-nearest = y[torch.cdist(four[:, 0].flatten(1), y.flatten(1)).argmin(1)]
-images.save_panels(
-    f"{name}.png", f"{title}, eps = {EPS:g}, {run.step} steps, {run.seconds:.0f} s", (shown, 1, "source"),
-    (translated(base, shown, 1)[:, 0], 1, "base"),
-    *((early, 1, f"at {100 * part:.0f} %") for early, part in zip(bank.early, EARLY)),
-    (four.flatten(0, 1), 4, "four translations"), (nearest, 1, "nearest\nto the first"),
-    (test_real[:len(shown)], 1, "real"))
+four, columns = translated(f, shown, 4), {"source": shown, "base": translated(base, shown, 1)[:, 0]}
+columns |= {f"at {100 * part:.0f} %": early for part, early in zip(EARLY, bank.early)}
+columns |= {"four translations": four.flatten(0, 1), "real": test_real[:len(shown)],
+            "nearest\nto the first": y[torch.cdist(four[:, 0].flatten(1), y.flatten(1)).argmin(1)]}
+images.save_panels(f"{name}.png", f"{os.path.basename(name)}, {run.step} steps, {run.seconds:.0f} s",
+                   *((column, len(column) // len(shown), what) for what, column in columns.items()))
 done = bank.scores[:, 0].isfinite().cpu()
 steps = (torch.arange(len(done)) * SCORE_EVERY).clamp(max=run.step)
 images.save_curves(f"{name}_curves.png", steps[done], dict(zip(CURVES, bank.scores.cpu()[done].T)))
