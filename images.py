@@ -23,8 +23,8 @@ from run import fail, make_folder, reason_of, save_figure, write_aside
 
 MAX_PIXELS = 50_000_000  # of one image: a file of kilobytes can unpack to gigabytes, and several are read at once
 NO_PICTURES = ("BUFR", "EMF", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF")  # PIL only knows their names, or runs them
-READERS = 8              # threads
-FEW = 500                # images a side: with fewer the network learns them by heart
+READERS, MEMORY = 8, 2 ** 30  # threads; bytes that a set's pixels may take as floats
+FEW = 500                # images to train with: fewer the network learns by heart
 Image.MAX_IMAGE_PIXELS = None  # PIL's bound only warns at first; MAX_PIXELS is lower and refuses
 warnings.filterwarnings("ignore", module="PIL")  # of metadata and palettes that are odd, yet read
 
@@ -114,10 +114,13 @@ def read_pair(paths, side, background="white"):
         folders = folders if all(map(os.path.isdir, folders[2:])) else folders[:2]
     if len({os.path.realpath(folder) for folder in folders}) < len(folders):
         fail("the two folders are the same: name the sources first, then the targets")
-    sets = [read(folder, find(folder), side, background) for folder in folders]
+    names, most = [find(folder) for folder in folders], MEMORY // (12 * side ** 2)
+    sets = [read(folder, some[::-(-len(some) // most)], side, background) for folder, some in zip(folders, names)]
     if len(sets) == 2:
         sets = [s[torch.arange(len(s)) % 10 > 0] for s in sets] + [s[::10] for s in sets]
-    for folder, seen, held_out in zip(folders, sets, sets[2:]):
+    for folder, some, seen, held_out in zip(folders, names, sets, sets[2:]):
+        if len(some) > most:
+            print(f"{folder}: of {len(some)} images {len(seen)} are used, spread evenly: memory holds no more")
         if len(seen) < 10 or len(held_out) < 2:
             fail(f"{folder} leaves {len(seen)} images to train with and {len(held_out)} to test: put more there")
         if len(seen) < FEW:
@@ -137,8 +140,7 @@ def out_folder(folder):
 
 
 def write_folder(path, names, y):
-    """Write translations of images so named into a folder: NAME.png, or NAME_1.png ... for M > 1.  y: for each image
-    (M, C, H, W), in one tensor or, where that would be too large, from a generator."""
+    """Write translations of images so named: NAME.png, or NAME_1.png ... for M > 1.  y yields (M, C, H, W) for each."""
     stems = [os.path.splitext(name)[0] for name in names]
     twice = {stem for stem, count in collections.Counter(map(str.lower, stems)).items() if count > 1}
     stems = [name if stem.lower() in twice else stem for name, stem in zip(names, stems)]  # a.jpg beside a.png
@@ -167,9 +169,8 @@ def tiled(images, columns):
 
 def save_panels(path, title, *panels):
     """Write a figure of panels side by side, each (images (n, C, H, W), columns, its title)."""
-    wide = [columns for _, columns, _ in panels]
-    fig, axes = plt.subplots(1, len(panels), figsize=(sum(wide), 7.4), layout="constrained", width_ratios=wide,
-                             squeeze=False)
+    w = [columns for _, columns, _ in panels]
+    fig, axes = plt.subplots(1, len(w), figsize=(sum(w), 7.4), layout="constrained", width_ratios=w, squeeze=False)
     for axis, (images, columns, panel_title) in zip(axes[0], panels):
         axis.imshow(tiled(images, columns).numpy())
         axis.set_title(panel_title)
@@ -273,8 +274,7 @@ def translation_scores(x, y, real, seen):
     nearest = [torch.cdist(z.flatten(1), seen.flatten(1)).amin(1).mean() for z in (every, real)]
     cost = common.quadratic_cost(x.repeat_interleave(len(ones), 0), every).mean().item()
     apart = sum((a - b).flatten(1).norm(dim=1).mean() for a, b in zip(ones, ones[1:])) / max(1, len(ones) - 1)
-    ratios = {"nearest": nearest[0] / nearest[1], "sharp": gradient(every) / gradient(real),
-              "diversity": apart / torch.pdist(real.flatten(1)).mean(),
-              "spread": every.std(0).mean() / real.std(0).mean()}
-    return {**scores, **{what: float(ratio) for what, ratio in ratios.items()}, "cost": cost,
-            "cost_ratio": cost / exact_ot_cost(x, real)}
+    ratios = {"nearest": nearest[0] / nearest[1], "sharp": gradient(every) / gradient(real), "diversity": apart /
+              torch.pdist(real.flatten(1)).mean(), "spread": every.std(0).mean() / real.std(0).mean()}
+    scores |= {what: float(ratio) for what, ratio in ratios.items()}
+    return scores | {"cost": cost, "cost_ratio": cost / exact_ot_cost(x, real)}

@@ -166,12 +166,12 @@ def fill(folder, n, mode="RGB", first=0):
         Image.new(mode, (9, 9), 3 * (k + first) if mode == "L" else (3 * (k + first), 0, 9)).save(folder / f"{k:03d}.png")
 
 
-def test_pairs_of_folders(tmp_path, capsys):
-    for part, n in (("trainA", 12), ("trainB", 13), ("testA", 2), ("testB", 3)):
+def test_pairs_of_folders(tmp_path, capsys, monkeypatch):
+    for part, n in (("trainA", 12), ("trainB", 30), ("testA", 2), ("testB", 3)):
         fill(tmp_path / "d" / part, n)
     parts = images.read_pair([tmp_path / "d"], 4)
-    assert [len(p) for p in parts] == [12, 13, 2, 3] and parts[0].shape[1:] == (3, 4, 4)
-    assert torch.equal(parts[1][:, 0, 0, 0], torch.arange(13) * 3 / 127.5 - 1)
+    assert [len(p) for p in parts] == [12, 30, 2, 3] and parts[0].shape[1:] == (3, 4, 4)
+    assert torch.equal(parts[1][:, 0, 0, 0], torch.arange(30) * 3 / 127.5 - 1)
     fill(tmp_path / "A", 30, "L")
     fill(tmp_path / "B", 20, "L", first=40)
     capsys.readouterr()
@@ -182,6 +182,10 @@ def test_pairs_of_folders(tmp_path, capsys):
     assert "only 27 images" in said and "only 18 images" in said
     refused(capsys, ["are the same"], images.read_pair, [tmp_path / "A", tmp_path / "A" / ".." / "A"], 4)
     refused(capsys, ["no folders trainA and trainB"], images.read_pair, [tmp_path / "A"], 4)
+    monkeypatch.setattr(images, "MEMORY", 12 * 4 ** 2 * 15)  # 15 images
+    assert [len(p) for p in images.read_pair([tmp_path / "d"], 4)] == [12, 15, 2, 3]
+    assert "of 30 images 15 are used" in capsys.readouterr().out
+    monkeypatch.undo()
     fill(tmp_path / "C", 9)
     refused(capsys, ["C leaves 8 images"], images.read_pair, [tmp_path / "C", tmp_path / "A"], 4)
 
