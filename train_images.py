@@ -47,17 +47,19 @@ args = arguments(
     background=dict(type=ImageColor.getrgb, default=(255,) * 3, help="under transparent images (default white)"),
     swap=dict(action="store_true", help="from B to A"),
     translate=dict(metavar="NEW", help="also translate this folder of images, into NEW_translated"),
-    copies=dict(type=number(1, 100, int), default=1, help="translations of each image of NEW (default 1)"))
+    copies=dict(type=number(1, 100, int), help="translations of each image of NEW (default 1)"))
 device, start_time = args.device, time.perf_counter()
 if WORLD > 1:
     fail("images train in one process: start train_images.py with python, not with torchrun")
 if args.smoke and args.folders or len(args.folders) not in ((0,) if args.smoke else (1, 2)):
     fail("name one folder that holds trainA and trainB, or two folders of images, A B; or --smoke without any")
+if args.copies and not args.translate:
+    fail("--copies is for --translate NEW: name a folder to translate")
 
 # ---------------------------------------------------------------------------------------------- constants
 EPS, SEED, SIDE = args.eps, args.seed, args.side
-STEPS = {32: 1200, 64: 800, 128: 800}[SIDE]  # AdamW steps, at most
-WIDTHS = {32: (8, 24, 48, 96), 64: (8, 24, 48, 96, 144), 128: (8, 16, 32, 64, 128, 160)}[SIDE]  # channels from SIDE on
+STEPS = {32: 900, 64: 800, 128: 800}[SIDE]  # AdamW steps, at most
+WIDTHS = {32: (12, 36, 72, 144), 64: (8, 24, 48, 96, 144), 128: (8, 16, 32, 64, 128, 160)}[SIDE]  # channels
 HIDDEN = 256             # units after the last
 BATCH = 64               # chains moved per step, and targets per step
 N_LANGEVIN = 5           # Langevin steps of a chain per training step
@@ -67,10 +69,10 @@ ETA, BOX = NOISE ** 2 / 2, 3.0  # Langevin step; pixels are clipped to +-BOX
 AT_WALL, WIDEST_GAP = 0.05, 3000.0  # share of clipped pixels, mean of 100 gaps that count as divergence
 RANK, PRIOR = 128, 0.02  # directions whose covariance the base knows; the share of its diagonal in it
 SCALE = EPS / NOISE ** 2  # of the net
-LR, WARMUP = 1.6e-3, 50  # of AdamW; rises in WARMUP steps, then falls to 0 by a cosine
+LR, WARMUP = 3e-3 if SIDE == 32 else 1.6e-3, 50  # of AdamW; rises in WARMUP steps, then falls to 0 by a cosine
 BETAS, DECAY = (0.0, 0.99), 0.8  # decay of the weights, times LR, per step
 EMA_DECAY = 0.995        # of the weights, per step
-SCORES, SCORED = 10, 100  # times that the weights are scored, on so many translations
+SCORES, SCORED = 9, 100  # times that the weights are scored, on so many translations
 VALIDATION, PATIENCE = 20, 4  # every 20th target is held out for that; the training ends so many scores after the best
 TRIES = 4                # of a training that runs off, each at half the rate
 COLLAPSED = 0.7          # spread of the translations over that of real images; below, the log warns
@@ -89,12 +91,11 @@ def make_up(folder, n, disc, seed):
     """Fill a folder with n made-up images: squares, or discs, of random place, size and colour, on white."""
     make_folder(folder)
     draws = torch.rand(n, 6, generator=torch.Generator().manual_seed(seed)).tolist()
-    for k, (size, left, top, *colour) in enumerate(draws):
-        size = 40 + 32 * size
-        left, top = (8 + (112 - size) * at for at in (left, top))
-        picture = Image.new("RGB", (128, 128), "white")
+    for k, (size, *corner, red, green, blue) in enumerate(draws):
+        size, picture = 40 + 32 * size, Image.new("RGB", (128, 128), "white")
+        corner = [8 + (112 - size) * at for at in corner]
         draw = getattr(ImageDraw.Draw(picture), "ellipse" if disc else "rectangle")
-        draw((left, top, left + size, top + size), tuple(round(200 * c) for c in colour))
+        draw([*corner, *(at + size for at in corner)], tuple(round(200 * c) for c in (red, green, blue)))
         picture.save(os.path.join(folder, f"{k:02d}.png"))
 
 
@@ -267,10 +268,8 @@ for step in run:
 # ---------------------------------------------------------------------------------------------- results
 
 def report(what, x, y_made):
-    """Print and return the scores of translations of test sources."""
-    scores = images.translation_scores(x, y_made, test_real, y)
-    print(what, " ".join(f"{k} {v:.4g}" for k, v in scores.items()))
-    return scores
+    """Print the scores of translations of test sources."""
+    print(what, " ".join(f"{k} {v:.4g}" for k, v in images.translation_scores(x, y_made, test_real, y).items()))
 
 
 f = potential(best)
@@ -283,7 +282,7 @@ report("control base", test_x, translated(base, test_x, 1))
 report("control retrieval", test_x[rows], pool[columns][:, None])
 if args.translate:
     new = (new.mean(1, keepdim=True) if CHANNELS == 1 else new).to(device)
-    images.write_folder(new_folder, new_names, translated(f, new, args.copies))
+    images.write_folder(new_folder, new_names, translated(f, new, args.copies or 1))
 
 four, columns = translated(f, shown, 4), {"source": shown, "base": translated(base, shown, 1)[:, 0]}
 columns |= {f"at {100 * part:.0f} %": early for part, early in zip(EARLY, bank.early)}
