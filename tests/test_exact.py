@@ -1137,41 +1137,6 @@ def points(files, out, *options, code=0, names=("X.npy", "Y.npy")):
     return here("train_points.py", *sets, "--smoke", "--device", "cpu", "--out", out, *options, code=code)
 
 
-def test_points_maps_the_same_at_once_and_later(files, tmp_path):
-    mapping = ("--map", files / "NEW.npy", "--per-x", "5")
-    name = next(iter(points(files, tmp_path / "a", *mapping)[0].split("wrote ")[1:])).split("_mapped")[0]
-    at_once = np.load(f"{name}_mapped.npy")
-    points(files, tmp_path / "b")
-    points(files, tmp_path / "b", "--resume", *mapping)
-    later = np.load(tmp_path / "b" / f"{os.path.basename(name)}_mapped.npy")
-    assert at_once.shape == (7, 5, 4) and np.array_equal(at_once, later)
-    assert np.allclose(at_once[..., 2], 3, atol=1) and np.allclose(at_once[..., 0], at_once[..., 3], atol=1)
-    new = np.load(files / "NEW.npy")
-    points(files, tmp_path / "b", "--resume", *mapping, "--time", "0")
-    assert np.allclose(np.load(tmp_path / "b" / f"{os.path.basename(name)}_mapped.npy"), new[:, None])
-    points(files, tmp_path / "b", "--resume", *mapping, "--time", "0.5")
-    middle = np.load(tmp_path / "b" / f"{os.path.basename(name)}_mapped.npy")
-    eps = float(name.split("eps")[1].split("_")[0])
-    noise = middle - (new[:, None] + at_once) / 2  # N(0, eps/4)
-    assert noise.std() == pytest.approx((eps / 4) ** 0.5, rel=0.25)
-
-
-def test_points_reads_every_format_and_any_unit(files, tmp_path):
-    X, Y = (np.load(files / name) for name in ("X.npy", "Y.npy"))
-    for name, rows in (("X", X), ("Y", Y)):
-        torch.save(torch.from_numpy(rows), tmp_path / f"{name}.pt")
-        np.savetxt(tmp_path / f"{name}.csv", rows, delimiter=",", header="a,b,c,d" if name == "X" else "", comments="",
-                   fmt="%.18g")
-        np.save(tmp_path / f"{name}.npy", 1e-4 * rows)
-    lines = [final(points(folder, tmp_path / "out", names=(f"X{end}", f"Y{end}"))[0])
-             for folder, end in ((files, ".npy"), (tmp_path, ".pt"), (tmp_path, ".csv"), (tmp_path, ".npy"))]
-    for key in ("cost", "objective", "energy_ratio"):
-        assert lines[0][key] == lines[1][key] == lines[2][key]
-    assert lines[3]["cost"] == pytest.approx(1e-8 * lines[0]["cost"], rel=0.05)
-    spread = 2 * 50 ** 2 + 50 ** 2  # of the means: three columns are 50 apart, the constant one is not
-    assert lines[0]["cost"] == pytest.approx(spread / 2, rel=0.2)
-
-
 def test_points_learns_a_gaussian_plan_in_one_dimension(tmp_path):
     generator = np.random.default_rng(1)
     X, Y = generator.normal(size=(20_000, 1)), 5 + 2 * generator.normal(size=(20_000, 1))
@@ -1182,47 +1147,6 @@ def test_points_learns_a_gaussian_plan_in_one_dimension(tmp_path):
     y = np.load(tmp_path / "points_X_Y_eps0.5_seed0_smoke_mapped.npy")[..., 0]
     T = (math.sqrt(4 * 4 + 0.25) - 0.5) / 2  # T^2 + eps T = 4
     assert np.allclose(y.mean(1), 5 + T * np.array([-1, 0, 2]), atol=0.1) and np.allclose(y.var(1), 0.5 * T, rtol=0.06)
-
-
-def bad_points(folder):
-    """{what is wrong: (file of X, words of the sentence)}"""
-    rows = np.random.default_rng(0).normal(size=(60, 4))
-    holes = rows.copy()
-    holes[[3, 7], 1] = np.nan, np.inf
-    text = "\n".join(",".join(map(str, row)) for row in rows)
-    made = {"columns.npy": rows[:, :3], "holes.npy": holes, "flat.npy": rows[:, 0], "none.npy": rows[:0],
-            "few.npy": rows[:49], "pickle.npy": np.array([{"a": 1}], dtype=object),
-            "text.csv": "a,b,c,d\n1,2,3,4\n1,x,3,4\n" + text,
-            "ragged.csv": "1,2,3,4\n1,2,3\n" + text, "broken.npy": b"not an array", "complex.npy": rows + 1j,
-            "complex.pt": torch.zeros(60, 4, dtype=torch.complex64), "dict.pt": {"x": torch.zeros(60, 4)},
-            "sparse.pt": torch.eye(60)[:, :4].to_sparse(), "float8.pt": torch.zeros(60, 4).to(torch.float8_e4m3fn),
-            "binary.csv": b"\xff\xfe\x00"}
-    for name, held in made.items():
-        if isinstance(held, (bytes, str)):
-            (folder / name).write_bytes(held if isinstance(held, bytes) else held.encode())
-        elif name.endswith(".npy"):
-            np.save(folder / name, held, allow_pickle=True)
-        else:
-            torch.save(held, folder / name)
-    os.mkfifo(folder / "fifo.npy")
-    words = {"columns.npy": "columns", "holes.npy": "[3, 7]", "few.npy": "49 rows", "pickle.npy": "pickles",
-             "text.csv": "line 3", "ragged.csv": "line 2", "absent.npy": "no file", "fifo.npy": "no file"}
-    return {name: words.get(name, name) for name in (*made, "absent.npy", "fifo.npy")}
-
-
-def test_points_refuses_bad_files_by_one_sentence(files, tmp_path):
-    for name, word in bad_points(tmp_path).items():
-        shutil.copy(files / "Y.npy", tmp_path / "Y.npy")
-        said = points(tmp_path, tmp_path / "out", code=2, names=(name, "Y.npy"))[0]
-        refuses(said, name if name != "columns.npy" else "Y.npy", word)
-        if name not in ("few.npy", "columns.npy"):
-            refuses(points(files, tmp_path / "out", "--map", tmp_path / name, code=2)[0], name, word)
-    refuses(points(files, tmp_path / "out", "--map", tmp_path / "columns.npy", code=2)[0], "columns")
-    refuses(points(files, tmp_path / "out", "--eps", "1e-9", code=2)[0], "choose from")
-    refuses(points(files, tmp_path / "out", "--eps", "1e9", code=2)[0], "choose from")
-    refuses(points(files, tmp_path / "out", code=2, names=("X.npy",))[0], "two")
-    refuses(here("train_points.py", "--pair", "rolls", "--dim", "3", code=2)[0], "even --dim")
-    assert not [name for name in written(tmp_path / "out") if name.endswith(".pt")]
 
 
 def test_points_table_goes_on_per_cell(tmp_path):

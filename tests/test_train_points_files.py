@@ -1,4 +1,4 @@
-"""How train_points.py reads files and its command line: what other programs export, what it refuses, names of outputs."""
+"""Files and command line of train_points.py: what other programs export, what is refused, names of outputs."""
 import gzip
 import io
 import os
@@ -19,8 +19,7 @@ KEYS = [f"AAC{k}-1" for k in rng.permutation(N)]  # row names in no order
 
 
 def door(*options, code=0):
-    """-> what is printed, and the globals of train_points.py where all is read and checked: there it ends.  A warning of
-    Python's own is an error."""
+    """Run train_points.py until all is read and checked -> its output and globals.  Python's warnings are errors."""
     seen = {}
 
     def enough(values):
@@ -68,7 +67,8 @@ EXPORTS = {  # what wrote it: text, names of the columns, whether a first column
     "R write.csv, row.names=FALSE": (table(quote='"'), NAMES, False),
     "R write.csv2": (table(";", ["", *NAMES], QUOTED, ",", '"'), NAMES, True),
     "R write.table": (table(" ", NAMES, QUOTED, quote='"'), NAMES, True),
-    "Excel, semicolon, decimal comma": ("\ufeffsep=;\r\n" + table(";", decimal=",", end="\r\n") + ";;\r\n", NAMES, False),
+    "Excel, semicolon, decimal comma": ("\ufeffsep=;\r\n" + table(";", decimal=",", end="\r\n") + ";;\r\n",
+                                        NAMES, False),
     "Excel, tab, decimal comma, no header": (table("\t", None, decimal=",", end="\r\n"), None, False),
     "quoted decimal commas": ("".join('"' + '","'.join(str(v).replace(".", ",") for v in row) + '"\n' for row in ROWS),
                               None, False),
@@ -95,15 +95,17 @@ def test_tables_of_other_programs(name, folder):
         assert ("left out a first" in output) == left_out
 
 
-@pytest.mark.parametrize("text", ["a\n0,5\n1,25\n-3,5\n", "0.5\n1.25\n-3.5\n", "0\n0.5\n1.25\n-3.5\n", ",0\n0,0.5\n1,1.25\n2,-3.5\n"])
+@pytest.mark.parametrize("text", ["a\n{0,5}", "{0.5}", "0\n{0.5}", ",0\n{0,0.5}", "a\tb\n{x\t0.5}"])
 def test_one_column(text, folder):
     """A decimal comma is no second column where the header has one name; "0" above decimals is a header."""
     np.save("Y.npy", ROWS[:, :1])
-    (folder / "X.tsv").write_text(text + 20 * ("\n".join(text.splitlines()[-3:]) + "\n") * (text[0] != ","))
-    if text[0] == ",":
-        (folder / "X.tsv").write_text(",0\n" + "".join(f"{k},{v}\n" for k, v in enumerate([0.5, 1.25, -3.5] * 20)))
-    X = door("X.tsv", "Y.npy")[1]["X"]
-    assert len(X) in (60, 63) and np.array_equal(X[:3, 0], [0.5, 1.25, -3.5])
+    head, row = text[:-1].split("{")
+    values = [0.5, 1.25, -3.5] * 20
+    rows = {"0,5": "{v}", "0.5": "{v}", "0,0.5": "{k},{v}", "x\t0.5": "x{k}\t{v}"}[row]
+    decimal = "," if row == "0,5" else "."
+    (folder / "X.tsv").write_text(head + "".join(rows.format(k=k, v=str(v).replace(".", decimal)) + "\n"
+                                                 for k, v in enumerate(values)))
+    assert np.array_equal(door("X.tsv", "Y.npy")[1]["X"][:, 0], values)
 
 
 def test_whole_numbers_are_no_header(folder):
@@ -148,7 +150,8 @@ BAD_TEXT = {  # what is wrong: text, words of the sentence
     "empty cell": (table().replace(str(ROWS[3, 1]), ""), ["missing values", "row 3", "column b"]),
     "NA": (table(header=None).replace(str(ROWS[3, 1]), "NA"), ["missing values", "row 3", "column 1"]),
     "inf": (table().replace(str(ROWS[3, 1]), "-inf"), ["missing values", "row 3", "column b"]),
-    "empty": ("", ["empty"]), "only comments": ("# a\n#b\n", ["no plain array"]), "only a header": ("a,b,c\n", ["shape"]),
+    "empty": ("", ["empty"]), "only comments": ("# a\n#b\n", ["no plain array"]),
+    "only a header": ("a,b,c\n", ["shape"]),
     "not text": ("\xff\x00\x01\n\x00", ["'", "is no number"]), "a long field": ("x" * 200_000, ["X.csv"]),
 }
 
@@ -165,7 +168,8 @@ def test_bad_tables_are_one_sentence(what, folder):
 # ------------------------------------------------------------------------------------------------ arrays
 
 ARRAYS = {  # what it is: name, how it is written
-    "scanpy's obsm": ("X.npy", lambda p: np.save(p, ROWS)), "Fortran order": ("X.npy", lambda p: np.save(p, ROWS.copy("F"))),
+    "scanpy's obsm": ("X.npy", lambda p: np.save(p, ROWS)),
+    "Fortran order": ("X.npy", lambda p: np.save(p, ROWS.copy("F"))),
     "big endian": ("X.npy", lambda p: np.save(p, ROWS.astype(">f8"))),
     "one array": ("X.npz", lambda p: np.savez_compressed(p, cells=ROWS)),
     "one of two": ("X.npz:cells", lambda p: np.savez(p, other=ROWS[:3], cells=ROWS)),
@@ -206,24 +210,40 @@ def saved(held):
     return lambda path: torch.save(held, path) if path.endswith(".pt") else np.save(path, held, allow_pickle=True)
 
 
+def written_as(text):
+    return lambda path: pathlib.Path(path).write_text(text)
+
+
 BAD = {  # what is wrong: file, how it is written, words
-    "holes": ("B.npy", saved(np.where(np.arange(180).reshape(60, 3) % 23 == 22, np.nan, ROWS)), ["7 rows", "row 7", "column 1"]),
-    "flat": ("B.npy", saved(ROWS[:, 0]), ["(60,)"]), "none": ("B.npy", saved(ROWS[:0]), ["B.npy"]),
-    "columns": ("B.npy", saved(ROWS[:, :2]), ["columns", "2", "3"]), "complex": ("B.npy", saved(ROWS + 1j), ["complex"]),
-    "objects": ("B.npy", saved(np.array([{"a": 1}], dtype=object)), ["objects"]), "text": ("B.npy", saved(ROWS.astype(str)), ["B"]),
-    "dates": ("B.npy", saved(np.zeros((60, 3), "M8[s]")), ["B.npy"]), "no array": ("B.npy", lambda p: open(p, "w").write("no"), ["B"]),
-    "truncated": ("B.npy", lambda p: np.save(p, ROWS) or os.truncate(p, 999), ["B.npy"]), "absent": ("B.npy", id, ["no file"]),
-    "a folder": ("B.npy", os.mkdir, ["no file"]), "a pipe": ("B.npy", os.mkfifo, ["no file"]),
-    "two arrays": ("B.npz", lambda p: np.savez(p, u=ROWS, v=ROWS), ["u, v", "B.npz:u"]),
-    "no such array": ("B.npz:w", lambda p: np.savez("B.npz", u=ROWS, v=ROWS), ["u, v", "B.npz:u"]),
-    "sparse .npz": ("B.npz", sparse_npz, ["sparse"]), "no archive": ("B.npz", lambda p: open(p, "w").write("no"), ["B.npz"]),
-    "complex.pt": ("B.pt", saved(torch.zeros(60, 3, dtype=torch.complex64)), ["B.pt"]), "list.pt": ("B.pt", saved([1, 2]), ["B.pt"]),
-    "sparse.pt": ("B.pt", saved(torch.eye(60)[:, :3].to_sparse()), ["sparse"]), "model.pt": ("B.pt", saved(torch.nn.Linear(2, 2)), ["B"]),
-    "csr.pt": ("B.pt", saved(torch.eye(60)[:, :3].to_sparse_csr()), ["sparse"]), "two.pt": ("B.pt", saved({"u": 1, "v": 2}), ["u, v"]),
-    "a view": ("B.pt", saved(torch.zeros(1, 3).expand(10 ** 11, 3)), ["GiB", "memory"]), "file of holes": ("B.npy", huge_npy, ["GiB"]),
-    "h5ad": ("B.h5ad", lambda p: open(p, "w").write("h"), ["not read"]),
-    "mtx.gz": ("B.mtx.gz", lambda p: open(p, "w").write("h"), ["not read"]), "pickle": ("B.pkl", lambda p: open(p, "w").write("h"), [".csv"]),
-    "no ending": ("B", lambda p: open(p, "w").write("h"), ["not read"]), "far": ("B.npy", saved(np.where(ROWS > 2, 1e300, ROWS)), ["B"]),
+    "holes": ("B.npy", saved(np.where(np.arange(180).reshape(60, 3) % 23 == 22, np.nan, ROWS)), ["7 rows", "row 7"]),
+    "flat": ("B.npy", saved(ROWS[:, 0]), ["(60,)"]),
+    "none": ("B.npy", saved(ROWS[:0]), []),
+    "columns": ("B.npy", saved(ROWS[:, :2]), ["same columns", "2 and 3"]),
+    "complex": ("B.npy", saved(ROWS + 1j), ["complex"]),
+    "objects": ("B.npy", saved(np.array([{"a": 1}], dtype=object)), ["objects"]),
+    "text": ("B.npy", saved(ROWS.astype(str)), []),
+    "dates": ("B.npy", saved(np.zeros((60, 3), "M8[s]")), []),
+    "no array": ("B.npy", written_as("no"), []),
+    "truncated": ("B.npy", lambda path: np.save(path, ROWS) or os.truncate(path, 999), []),
+    "absent": ("B.npy", id, ["no file"]),
+    "a folder": ("B.npy", os.mkdir, ["no file"]),
+    "a pipe": ("B.npy", os.mkfifo, ["no file"]),
+    "two arrays": ("B.npz", lambda path: np.savez(path, u=ROWS, v=ROWS), ["u, v", "B.npz:u"]),
+    "no such array": ("B.npz:w", lambda path: np.savez("B.npz", u=ROWS, v=ROWS), ["u, v", "B.npz:u"]),
+    "sparse .npz": ("B.npz", sparse_npz, ["sparse"]),
+    "no archive": ("B.npz", written_as("no"), []),
+    "complex tensor": ("B.pt", saved(torch.zeros(60, 3, dtype=torch.complex64)), []),
+    "a list": ("B.pt", saved([1, 2]), []),
+    "two tensors": ("B.pt", saved({"u": 1, "v": 2}), ["u, v", "B.pt:u"]),
+    "sparse tensor": ("B.pt", saved(torch.eye(60)[:, :3].to_sparse()), ["sparse"]),
+    "a model": ("B.pt", saved(torch.nn.Linear(2, 2)), []),
+    "a view": ("B.pt", saved(torch.zeros(1, 3).expand(10 ** 11, 3)), ["GiB of memory"]),
+    "file of holes": ("B.npy", huge_npy, ["GiB of memory"]),
+    "scanpy's file": ("B.h5ad", written_as("h"), ["not read"]),
+    "Matrix Market": ("B.mtx.gz", written_as("h"), ["not read"]),
+    "pickle": ("B.pkl", written_as("h"), [".csv"]),
+    "no ending": ("B", written_as("h"), ["not read"]),
+    "far": ("B.npy", saved(np.where(ROWS > 2, 1e300, ROWS)), ["deviations"]),
 }
 
 
@@ -233,7 +253,7 @@ def test_bad_files_are_one_sentence(what, folder):
     write(path)
     said = door("X.npy", "Y.npy", "--map", path, code=2)[0]
     refuses(said, path, *words)
-    if what not in ("columns", "far"):
+    if what not in ("columns", "far"):  # as X these are others' business
         refuses(door(path, "Y.npy", code=2)[0], path, *words)
     if "plain array" in said:  # and two lines of Python that write the array
         lines = said.splitlines()[-2:]
@@ -298,7 +318,7 @@ def test_names_tell_apart_what_differs(folder):
         os.mkdir(day)
         np.save(f"{day}/cells.npy", ROWS + (day == "day1"))
     pairs = [("day0/cells.npy", "day1/cells.npy"), ("day1/cells.npy", "day0/cells.npy")]
-    maps = [("NEW.npy",), ("NEW.npy", "--time", "0.5"), ("NEW.npy", "--time", "0"), ("day0/cells.npy",), ("day1/cells.npy",)]
+    maps = [("NEW.npy",), ("NEW.npy", "--time", "0.5"), ("NEW.npy", "--time", "0"), *((path,) for path in pairs[0])]
     for pair in pairs:
         for new in maps:
             seen = door(*pair, "--map", *new, "--out", "out")[1]
@@ -318,13 +338,23 @@ def test_a_newline_in_a_name_is_no_second_line(folder):
     refuses(door(f"{odd}.csv", "Y.npy", code=2)[0], "a\\n\\x1b[31merror: b.csv")
 
 
-NO_MEANING = {  # options: words of the sentence
-    ("X.npy",): "1 files", ("X.npy", "Y.npy", "NEW.npy"): "3 files", (): "0 files", ("", "Y.npy"): "no file",
-    ("X.npy", "Y.npy", "--time", "0.5"): "--map", ("X.npy", "Y.npy", "--per-x", "3"): "--map", ("--smoke", "--time", "1"): "--map",
-    ("X.npy", "Y.npy", "--per-x", "1"): "--map", ("X.npy", "Y.npy", "--map", ""): "--map", ("X.npy", "Y.npy", "--out", ""): "--out",
-    ("X.npy", "Y.npy", "--map", "NEW.npy", "--per-x", "0"): "--per-x", ("X.npy", "Y.npy", "--map", "NEW.npy", "--time", "2"): "--time",
-    ("X.npy", "Y.npy", "--map", "NEW.npy", "--per-x", "1000000000"): "--per-x", ("X.npy", "Y.npy", "--eps", "1e-9"): "choose from",
-    ("X.npy", "Y.npy", "--eps", "1e9"): "choose from", ("X.npy", "Y.npy", "--dim", "3"): "unrecognized",
+SETS = ("X.npy", "Y.npy")
+NO_MEANING = {  # options: a word of the sentence
+    (): "0 files",
+    ("X.npy",): "1 files",
+    (*SETS, "NEW.npy"): "3 files",
+    ("", "Y.npy"): "no file",
+    ("--smoke", "--time", "1"): "--map",
+    (*SETS, "--time", "0.5"): "--map",
+    (*SETS, "--per-x", "1"): "--map",
+    (*SETS, "--map", ""): "--map",
+    (*SETS, "--out", ""): "--out",
+    (*SETS, "--map", "NEW.npy", "--per-x", "0"): "--per-x",
+    (*SETS, "--map", "NEW.npy", "--per-x", "1000000000"): "--per-x",
+    (*SETS, "--map", "NEW.npy", "--time", "2"): "--time",
+    (*SETS, "--eps", "1e-9"): "choose from",
+    (*SETS, "--eps", "1e9"): "choose from",
+    (*SETS, "--dim", "3"): "unrecognized",
 }
 
 
@@ -343,7 +373,8 @@ def test_all_that_can_be_known_is_checked_before_the_fit(folder):
     np.save(f"{240 * 'n'}.npy", ROWS)
     refuses(door("X.npy", f"{240 * 'n'}.npy", code=2)[0], "too long")
     np.save("NEW.npy", np.zeros((300_000, 3)))
-    refuses(door("X.npy", "Y.npy", "--map", "NEW.npy", "--per-x", "1000000", code=2)[0], "GiB", "300000 rows", "1000000 y each")
+    refuses(door("X.npy", "Y.npy", "--map", "NEW.npy", "--per-x", "1000000", code=2)[0], "GiB", "300000 rows",
+            "1000000 y each")
     for value in (1e300, -1e8):
         np.save("NEW.npy", np.array([[0, 0, 0], [0, value, 0]]))
         refuses(door("X.npy", "Y.npy", "--map", "NEW.npy", code=2)[0], "NEW.npy", "row 1", "deviations")
@@ -369,42 +400,26 @@ def files(tmp_path_factory):
     return folder
 
 
-def points(files, out, *options, code=0, names=("X.npy", "Y.npy")):
-    sets = [files / name for name in names]
-    return here("train_points.py", *sets, "--smoke", "--device", "cpu", "--out", out, *options, code=code)
+def points(files, out, *options):
+    """-> the final line and the array that --map wrote, or None."""
+    sets = files / "X.npy", files / "Y.npy"
+    output, values = here("train_points.py", *sets, "--smoke", "--device", "cpu", "--out", out, *options)
+    return final(output), np.load(values["outputs"][-1]) if "--map" in options else None
 
 
-def mapped(folder):
-    """The newest answer in a folder."""
-    return np.load(max((path for path in pathlib.Path(folder).glob("*_mapped.npy")), key=lambda path: path.stat().st_mtime_ns))
-
-
-def test_maps_the_same_at_once_and_later(files, tmp_path):
+def test_maps_the_same_at_once_and_later_and_in_any_unit(files, tmp_path):
     mapping = ("--map", files / "NEW.npy", "--per-x", "5")
-    points(files, tmp_path / "a", *mapping)
-    at_once = mapped(tmp_path / "a")
+    line, at_once = points(files, tmp_path / "a", *mapping)
     points(files, tmp_path / "b")
-    points(files, tmp_path / "b", "--resume", *mapping)
-    assert at_once.shape == (7, 5, 4) and np.array_equal(at_once, mapped(tmp_path / "b"))
+    _, later = points(files, tmp_path / "b", "--resume", *mapping)
+    assert at_once.shape == (7, 5, 4) and np.array_equal(at_once, later)
     assert np.allclose(at_once[..., 2], 3, atol=1) and np.allclose(at_once[..., 0], at_once[..., 3], atol=1)
-    new = np.load(files / "NEW.npy")
-    points(files, tmp_path / "b", "--resume", *mapping, "--time", "0")
-    assert np.allclose(mapped(tmp_path / "b"), new[:, None])
-    eps = points(files, tmp_path / "b", "--resume", *mapping, "--time", "0.5")[1]["eps_given"]
-    noise = mapped(tmp_path / "b") - (new[:, None] + at_once) / 2  # N(0, eps/4)
-    assert noise.std() == pytest.approx((eps / 4) ** 0.5, rel=0.25)
-    assert len([name for name in written(tmp_path / "b") if name.endswith("_mapped.npy")]) == 3  # one for each time
-
-
-def test_the_result_does_not_depend_on_the_format_and_scales_with_the_unit(files, tmp_path):
-    X, Y = (np.load(files / name) for name in ("X.npy", "Y.npy"))
-    for name, rows in (("X", X), ("Y", Y)):
-        np.savetxt(tmp_path / f"{name}.csv", rows, delimiter=",", header="a,b,c,d", comments="", fmt="%.18g")
-        np.save(tmp_path / f"{name}.npy", 1e-4 * rows)
-    lines = [final(points(folder, tmp_path / "out", names=(f"X{end}", f"Y{end}"))[0])
-             for folder, end in ((files, ".npy"), (tmp_path, ".csv"), (tmp_path, ".npy"))]
-    for key in ("cost", "objective", "energy"):
-        assert lines[0][key] == lines[1][key]
-    assert lines[2]["cost"] == pytest.approx(1e-8 * lines[0]["cost"], rel=0.05)
+    _, middle = points(files, tmp_path / "b", "--resume", *mapping, "--time", "0.5")
+    noise = middle - (np.load(files / "NEW.npy")[:, None] + at_once) / 2  # N(0, eps/4)
+    assert noise.std() == pytest.approx((line["eps"] / 4) ** 0.5, rel=0.25)
+    assert len([name for name in written(tmp_path / "b") if name.endswith("_mapped.npy")]) == 2  # one for each time
+    for name in ("X", "Y"):
+        np.save(tmp_path / f"{name}.npy", 1e-4 * np.load(files / f"{name}.npy"))
+    assert points(tmp_path, tmp_path / "c")[0]["cost"] == pytest.approx(1e-8 * line["cost"], rel=0.05)
     spread = 2 * 50 ** 2 + 50 ** 2  # of the means: three columns are 50 apart, the constant one is not
-    assert lines[0]["cost"] == pytest.approx(spread / 2, rel=0.2)
+    assert line["cost"] == pytest.approx(spread / 2, rel=0.2)
