@@ -301,9 +301,9 @@ def test_a_column_or_a_row_that_carries_the_cost_is_named(folder):
     assert said.count("warning") == 1 and "2 of 5000 rows of X ([" in said and "7" in said and "11" in said
     (folder / "X.csv").write_text(table(header=["age", "income", "b"], rows=ROWS * [10, 20_000, 1]))
     said = door("X.csv", "X.csv")[0]
-    assert said.count("warning") == 1 and "over 95% of the mean cost lies in 1 of 3 columns (income)" in said
+    assert said.count("warning") == 1 and "over 95% of the mean cost is in 1 of 3 columns (income)" in said
     np.save("X.npy", ROWS * [10, 20_000, 1])
-    assert "1 of 3 columns ([1] from 0)" in door("X.npy", "X.npy")[0]
+    assert "1 of 3 columns ([1], from 0)" in door("X.npy", "X.npy")[0]
     np.save("X.npy", ROWS[:, :1])
     assert "warning" not in door("X.npy", "X.npy")[0]  # the only column
     np.save("X.npy", np.random.default_rng(2).normal(size=(N, 501)))
