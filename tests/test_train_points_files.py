@@ -16,7 +16,8 @@ from conftest import final, here, refuses, written
 N, NAMES = 60, ["a", "b", "c"]
 rng = np.random.default_rng(0)
 ROWS = rng.normal(size=(N, 3)).round(4)
-KEYS = [f"AAC{k}-1" for k in rng.permutation(N)]  # row names in no order
+MIXED = [str(k) for k in rng.permutation(N)]  # row names in no order
+KEYS = [f"AAC{k}-1" for k in MIXED]
 
 
 def door(*options, code=0):
@@ -59,7 +60,8 @@ EXPORTS = {  # what wrote it: text, names of the columns, whether a first column
     "pandas to_csv of an array": (table(header=["", "0", "1", "2"], index=COUNTED), None, True),
     "pandas to_csv of an array, index=False": (table(header=["0", "1", "2"]), None, False),
     "pandas to_csv, header=False": (table(header=None, index=COUNTED), None, True),
-    "pandas to_csv, read and written again": (table(header=["Unnamed: 0", *NAMES], index=KEYS), NAMES, True),
+    "pandas to_csv, read, shuffled, written again": (table(header=["Unnamed: 0", *NAMES], index=MIXED), NAMES, True),
+    "pandas to_csv of a shuffled table": (table(header=["", *NAMES], index=MIXED), NAMES, True),
     "pandas to_csv of cells": (table(header=["", *NAMES], index=KEYS), NAMES, True),
     "pandas reset_index": (table(header=["id", *NAMES], index=[str(400 + k) for k in range(N)]), NAMES, True),
     "barcodes with a name": (table(header=["barcode", *NAMES], index=KEYS), NAMES, True),
@@ -148,6 +150,7 @@ BAD_TEXT = {  # what is wrong: text, words of the sentence
     "damaged first line": ("0.5,O.5,1\n" + table(header=None), ["line 1", "column 2", "'O.5'", "header"]),
     "a class label": (table(header=[*NAMES, "kind"], rows=np.column_stack([ROWS.astype(str), N * ["setosa"]])),
                       ["line 2", "column 4", "'setosa'"]),
+    "a class label first": (table(header=["kind", *NAMES], index=N * ["setosa"]), ["line 2", "column 1", "'setosa'"]),
     "text": (table().replace(str(ROWS[3, 1]), "x1"), ["line 5", "column 2", "'x1'"]),
     "ragged": (table() + "1,2\n", ["line 62", "2 columns", "3"]),  # a file cut short in its last line
     "header too long": (table(header=[*NAMES, "d", "e"]), ["line 2", "3 columns", "5"]),
