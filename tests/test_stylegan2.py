@@ -364,8 +364,11 @@ def test_poisoned_and_foreign_files_are_refused_by_one_sentence_and_nothing_is_r
         ("StyleGAN3", good.replace(TRIPWIRE.encode(), b"class SynthesisInput:".ljust(len(TRIPWIRE))))]
     wrong = refused(str(tmp_path / "bad.pkl"), files)
     assert not wrong and not trip.exists()
-    with pytest.raises(stylegan2.BadFile, match="No such file"):
+    with pytest.raises(stylegan2.BadFile, match="there is none.*download afhqdog.pkl"):
         stylegan2.load_generator(str(tmp_path / "none.pkl"))
+    os.mkfifo(tmp_path / "pipe.pkl")  # to open it is to wait for a writer
+    with pytest.raises(stylegan2.BadFile, match="there is none"):
+        stylegan2.load_generator(str(tmp_path / "pipe.pkl"))
     assert stylegan2.load_generator(str(tmp_path / "good.pkl")).num_ws == 4  # what they were all made from does load
     pickle.loads(bomb)
     assert trip.exists()  # and the poison was poison
