@@ -395,7 +395,7 @@ def test_small_files_cannot_fill_the_memory_nor_the_day(tmp_path):
     junk = BLOB[:cuts[2]] + b"\x80\2}(" + text("little_endian") + b"\x88" + text("junk") + text("a" * 10 ** 6) + b"u."
     junk += BLOB[cuts[3]:]
     again = b"ctorch.storage\n_load_from_bytes\nq\0B" + struct.pack("<I", len(junk)) + junk
-    often, keys = "repeats its parts", "keys that are no names"
+    often, keys = "more than its size", "keys that are no names"
     bombs = [
         ("no G_ema", b"Nr\xff\xff\xff\x7f."),                                     # a memo of 2^31 entries
         (DAMAGED, b"B\xff\xff\xff\xff."), ("no G_ema", b"\x95" + b"\xff" * 7 + b"\x7fN."),  # lengths beyond the file
