@@ -401,8 +401,8 @@ def test_small_files_cannot_fill_the_memory_nor_the_day(tmp_path):
         (DAMAGED, b"B\xff\xff\xff\xff."), ("no G_ema", b"\x95" + b"\xff" * 7 + b"\x7fN."),  # lengths beyond the file
         (DAMAGED, b"\x8e" + b"\xff" * 7 + b"\x7f."),
         (keys, b"}N" + b"\x85" * 100_000 + b"Ns."), (keys, b"}(N" + b"\x85" * 100_000 + b"Nu."),  # the hash recurses
-        ("no G_ema", b"(" * 60_000 + b"N" + b"t" * 60_000 + b"."),
-        (often, b"\x8f" * 250_000), (often, b"(" * 250_000),
+        ("no G_ema", b"(" * 50_000 + b"N" + b"t" * 50_000 + b"."),
+        (often, b"\x8f" * 130_000), (often, b"(" * 130_000),
         (often, b"(c_codecs\nencode\nq\0" + text("a" * 10 ** 6) + text("latin1") + b"\x86q\1" + b"h\0h\1R" * 10_000),
         (often, again + b"\x85q\1" + b"h\0h\1R" * 10_000),
         (DAMAGED, b"ccollections\nOrderedDict\nq\0](" + b"NN\x86" * 100 + b"e\x85q\1" + b"h\0h\1R" * 10_000),
