@@ -2,7 +2,6 @@
 that translate images share.  Images are (n, C, H, W): bytes as read, floats in [-1,1] from there on; C is 3 or 1."""
 import collections
 import contextlib
-import functools
 import math
 import os
 import time
@@ -32,13 +31,6 @@ warnings.filterwarnings("ignore", module="PIL")  # of metadata and palettes that
 
 # ------------------------------------------------------------------------------------------------ files in
 
-@functools.cache
-def endings():
-    Image.init()
-    return {ending for ending, kind in Image.registered_extensions().items()
-            if kind in Image.OPEN and kind not in NO_PICTURES}
-
-
 def find(folder):
     """-> the images in a folder, names relative to it, sorted.  Those at its top; where it has none, those in its
     subfolders.  An image is a file with an ending that PIL reads, in either case.  Hidden ones (.x, __MACOSX) are none.
@@ -46,19 +38,19 @@ def find(folder):
     def refuse(error):
         fail(f"the folder {folder} cannot be read ({error.strerror}): name one that holds images")
 
+    kinds = Image.registered_extensions()  # by their endings
+    endings = {ending for ending, kind in kinds.items() if kind in Image.OPEN and kind not in NO_PICTURES}
     folder, names, out = os.fspath(folder), [], collections.Counter()
     for path, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
         for file in files:
-            ending = os.path.splitext(file)[1].lower()
-            if file.startswith("."):
-                out["hidden"] += 1
-            elif ending not in endings():
-                out[ending or "without an ending"] += 1
-            elif not os.path.isfile(os.path.join(path, file)):  # to open a named pipe is to wait for its writer
-                out["broken links or pipes"] += 1
+            at, ending = os.path.join(path, file), os.path.splitext(file)[1].lower()
+            why = ("hidden" if file.startswith(".") else (ending or "without an ending") if ending not in endings else
+                   "" if os.path.isfile(at) else "broken links or pipes")  # to open a named pipe is to wait for its writer
+            if why:
+                out[why] += 1
             else:
-                names.append(os.path.normpath(os.path.relpath(os.path.join(path, file), folder)))
+                names.append(os.path.relpath(at, folder))
         if path == folder and names:
             out["subfolders, as there are images beside them"] += len(folders)
             break
@@ -131,7 +123,7 @@ def read_pair(paths, side, background="white"):
         sets = [s[torch.arange(len(s)) % 10 > 0] for s in sets] + [s[::10] for s in sets]
     for folder, seen, held_out in zip(folders, sets, sets[2:]):
         if len(seen) < 10 or len(held_out) < 2:
-            fail(f"{folder} leaves {len(seen)} images to train with and {len(held_out)} to test: put more of them there")
+            fail(f"{folder} leaves {len(seen)} images to train with and {len(held_out)} to test: put more there")
         if len(seen) < FEW:
             print(f"warning: {folder} has only {len(seen)} images to train with: with under {FEW} expect worse "
                   "translations, nearer to copies of what was seen")
@@ -145,8 +137,8 @@ def out_folder(folder):
     """FOLDER_translated, made now: what would keep it from being written must show before the training."""
     path = os.path.normpath(folder) + "_translated"
     make_folder(path)
-    if not os.access(path, os.W_OK):
-        fail(f"the folder {path} cannot be written to: change that, or copy {folder} elsewhere")
+    if problem := write_aside(os.path.join(path, "figure"), lambda file: file.write(b" "), keep=False):
+        fail(problem)
     return path
 
 
@@ -174,7 +166,7 @@ def save_pairs(path, x, y):
         print(f"warning: {problem}; then --resume writes it again")
 
 
-# ------------------------------------------------------------------------------------------------ network
+# ------------------------------------------------------------------------------------------------ network and sampler
 
 class Pyramid(nn.Module):
     """`outputs` numbers, each a sum of one linear head at each of len(widths) resolutions, every one half the last:
@@ -200,8 +192,6 @@ class Pyramid(nn.Module):
             f = f + head(y.flatten(1))
         return f + self.heads[-1](F.silu(self.hidden(y.flatten(1))))
 
-
-# ------------------------------------------------------------------------------------------------ sampler
 
 def walk(f, x, y, eps, eta, steps, box):
     """Langevin steps that cannot leave the box +-box.  A step's noise is the mean of its own and the last one's
@@ -246,15 +236,6 @@ def exact_ot_cost(x, y):
     return cost[linear_sum_assignment(cost.numpy())].mean().item()
 
 
-def detail(y):
-    """What a 4 x 4 average leaves of images (n, C, H, W)."""
-    return y - F.interpolate(F.avg_pool2d(y, 4), scale_factor=4, mode="bilinear", align_corners=False)
-
-
-def squared_gradient(y):
-    return ((y[..., 1:] - y[..., :-1]).square().mean() + (y[..., 1:, :] - y[..., :-1, :]).square().mean()).item()
-
-
 def translation_scores(x, y, real, seen):
     """Scores of M translations y (N, M, C, H, W) of held-out x (N, C, H, W) against targets held out, real, and those
     trained with, seen:
@@ -263,22 +244,27 @@ def translation_scores(x, y, real, seen):
     detail      the same of what a 4 x 4 average leaves
     nearest     mean distance to the nearest image of seen, over that of real: 0 for copies, above 1 for blots and grain
     sharp       mean squared gradient over that of real: below 1 for blur, above for grain
-    cost_ratio  cost, mean |x-y|^2/2, over ot_cost, exact_ot_cost(x, real)
+    cost_ratio  cost, mean |x-y|^2/2, over exact_ot_cost(x, real)
     diversity   mean distance between two y of one x over that between two real ones; 0 for M = 1
     spread      mean standard deviation of a pixel of y over that of real: far below 1 where y has collapsed"""
-    every, ones = y.flatten(0, 1), y.unbind(1)
-    flat, targets = real.flatten(1), seen.flatten(1)
-    nearest = [torch.cdist(part.flatten(1), targets).amin(1).mean().item() for part in (every, real)]
-    scores = {}
-    for what, view in (("energy", lambda t: t.flatten(1)), ("detail", lambda t: detail(t).flatten(1))):
+    def detail(y):
+        return y - F.interpolate(F.avg_pool2d(y, 4), scale_factor=4, mode="bilinear", align_corners=False)
+
+    def gradient(y):
+        return (y[..., 1:] - y[..., :-1]).square().mean() + (y[..., 1:, :] - y[..., :-1, :]).square().mean()
+
+    every, ones, scores = y.flatten(0, 1), y.unbind(1), {}
+    for what, view in (("energy", lambda y: y.flatten(1)), ("detail", lambda y: detail(y).flatten(1))):
         away = sum(energy_distance(view(one), view(real)) for one in ones)  # the y of one x are not independent
         scores[what] = away / len(ones) / energy_distance(view(x), view(real))
+    nearest = [torch.cdist(z.flatten(1), seen.flatten(1)).amin(1).mean() for z in (every, real)]
     cost = common.quadratic_cost(x.repeat_interleave(len(ones), 0), every).mean().item()
-    apart = [(a - b).flatten(1).norm(dim=1).mean().item() for a, b in zip(ones, ones[1:])]
-    return {**scores, "nearest": nearest[0] / nearest[1], "sharp": squared_gradient(every) / squared_gradient(real),
-            "cost_ratio": cost / exact_ot_cost(x, real), "cost": cost,
-            "diversity": sum(apart) / max(1, len(apart)) / torch.pdist(flat).mean().item(),
-            "spread": every.std(0).mean().item() / real.std(0).mean().item()}
+    apart = sum((a - b).flatten(1).norm(dim=1).mean() for a, b in zip(ones, ones[1:])) / max(1, len(ones) - 1)
+    ratios = {"nearest": nearest[0] / nearest[1], "sharp": gradient(every) / gradient(real),
+              "diversity": apart / torch.pdist(real.flatten(1)).mean(),
+              "spread": every.std(0).mean() / real.std(0).mean()}
+    return {**scores, **{what: float(ratio) for what, ratio in ratios.items()}, "cost": cost,
+            "cost_ratio": cost / exact_ot_cost(x, real)}
 
 
 # ------------------------------------------------------------------------------------------------ pictures

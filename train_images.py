@@ -1,33 +1,31 @@
-"""Unpaired translation between two folders of images, by energy-guided entropic OT: pixels in [-1,1], cost |x-y|^2/2.
+"""Unpaired translation between two folders of images by energy-guided entropic OT: pixels in [-1,1], cost |x-y|^2/2.
 
     pi_f(y|x) = exp((f(y) - |x-y|^2/2) / eps) / Z(x)        sampled by Langevin
     ascend      E_Q f(y) - E_P E_{pi_f(.|x)} f(y)           Algorithm 1 of Mokrov et al., ICLR 2024
-    f = base + net: Gaussians in the main directions of both sets, whose plan is known in closed form, and a network
+    f = base + net: Gaussians, whose plan is known in closed form, and a network
 
-    python train_images.py DIR                    DIR holds trainA, trainB (and testA, testB): CycleGAN's layout
-    python train_images.py A B                    two folders; a tenth of each is held out
-    python train_images.py A B --side 64          pixels: 32 (8 minutes on one CPU core), 64 (20 minutes) or 128
-    python train_images.py A B --eps 0.3          temperature of the plan: more varied, and further from the source
-    python train_images.py A B --resume --translate NEW       a finished run: translates every file of NEW
-    python train_images.py --smoke                the same path in seconds, on made-up images
+    python train_images.py DIR                     DIR holds trainA, trainB (and testA, testB): CycleGAN's layout
+    python train_images.py A B                     two folders; a tenth of each is held out
+    python train_images.py A B --side 64           pixels: 32 (8 minutes on one CPU core), 64 (20 minutes) or 128
+    python train_images.py A B --eps 0.3           temperature of the plan: more varied, further from the source
+    python train_images.py A B --resume --translate NEW    a finished run: translates every file of NEW
+    python train_images.py --smoke                 the same path in seconds, on made-up images
 
 Any format that PIL reads; the central square of each image is averaged down to the side.  Grey if all images are.
-Writes beside itself (or under --out) images_A_to_B_32_eps0.1_seed0.pt, which --resume carries on from, a figure (.png),
-the scores during the training (_curves.png), _pairs.pt = {"x": (N,C,S,S), "y": (N,M,C,S,S)}: held-out sources and M
-translations of each, _real.pt: held-out targets, for eval_fid.py, and NEW_translated/NAME.png.
+Writes beside itself (or under --out) images_A_to_B_32_eps0.1_seed0_HASH.pt, which --resume carries on from, a figure
+(.png), the scores during the training (_curves.png), _pairs.pt = {"x": (N,C,S,S), "y": (N,M,C,S,S)}: held-out sources
+and M translations of each, _real.pt: held-out targets, for eval_fid.py, and NEW_translated/NAME.png.
 
-The base leaves ghosts of the source behind; the net learns what the targets look like, from their coarsest to their
-finest resolution.  As with the digits, targets get noise of deviation NOISE, or f would become too steep for the
-chains to mix; a translation ends with the mean of the image under the noise (Tweedie's formula), and decay of the
-weights keeps f smooth.  A chain starts from an exact draw of the base's plan, for the next source, lives for LIFE
-visits of N_LANGEVIN steps and ends.
+The base leaves ghosts of the source behind; the net learns what targets look like, at every resolution.  As with the
+digits, targets get noise of deviation NOISE, or f would become too steep for the chains to mix; decay of the weights
+keeps it smooth.  A chain starts from an exact draw of the base's plan, lives for LIFE visits of N_LANGEVIN steps and
+ends.  A translation does the same, and then takes the mean of the image under the noise (Tweedie's formula).
 
-Every so often held-out sources are translated and scored against targets that are held out for this alone (every
-VALIDATION-th): see images.translation_scores.  The weights that score best are kept, the training ends where they have
-not been beaten for PATIENCE scores, and a training that runs off goes back to them at half the rate: whatever happens
-there is a plan, if only the base's.  The last line scores the translations of the test sources by the kept weights;
-`control base` those of the base alone, `control retrieval` training targets paired with the sources by discrete OT: a
-score that a control reaches too is no evidence.
+Now and then training sources are translated and scored against targets held out for this alone (every VALIDATION-th):
+see images.translation_scores.  The weights that score best are kept; a training that runs off goes back to them, at
+half the rate: whatever happens there is a plan, if only the base's.  The last line scores the translations of the test
+sources; `control base` those of the base alone, `control retrieval` training targets paired with the sources by
+discrete OT: a score that a control reaches too is no evidence.
 """
 import hashlib
 import math
@@ -63,8 +61,8 @@ EPS, SEED, SIDE = args.eps, args.seed, args.side
 STEPS = {32: 1500, 64: 1000, 128: 1000}[SIDE]  # AdamW steps, at most
 BATCH = 64               # chains moved per step, and targets per step
 N_LANGEVIN = 5           # Langevin steps of a chain per training step
-GROUPS, LIFE = 10, 32    # batches of chains, in turn; visits after which a chain ends
-YOUNG = 8                # visits of a chain before f learns from it: it still carries the base's faults
+GROUPS, LIFE = 3, 16     # batches of chains, in turn; visits after which a chain ends
+YOUNG = 4                # visits of a chain before f learns from it: it still carries the base's faults
 NOISE = min(0.16, 0.5 * math.sqrt(EPS))  # added to targets
 ETA = NOISE ** 2 / 2     # Langevin step
 BOX = 3.0                # pixels are clipped to +-BOX
@@ -78,47 +76,45 @@ HIDDEN = 256             # units after the last
 LR, WARMUP = 1.6e-3, 50  # of AdamW; rises in WARMUP steps, then falls to 0 by a cosine
 BETAS, DECAY = (0.0, 0.99), 0.8  # decay of the weights, times LR, per step
 EMA_DECAY = 0.995        # of the weights, per step
-SAMPLE_STEPS = 60        # of a translation, half as long as those of the training
-SCORES = 15              # times that the weights are scored in STEPS
-SCORED = 128             # held-out sources translated each time
+SCORES = 10              # times that the weights are scored in STEPS
+SCORED = 100             # sources translated each time
 VALIDATION = 20          # every 20th target is held out for it
-PATIENCE = 5             # scores without a better one, after which the training ends
+PATIENCE = 4             # scores without a better one, after which the training ends
 COLLAPSED = 0.7          # spread of the translations over that of real images; below, the log warns
 TRIES = 4                # of a training that runs off, each at half the rate, before it ends with what it has
 EARLY = 0.1, 0.3         # parts of STEPS after which the figure's sources are translated too
-TRANSLATIONS = 4         # of each test image
+TRANSLATIONS = 2         # of each test image
 SHOWN = 8                # rows of the figure
 if args.smoke:
     STEPS, BATCH, N_LANGEVIN, GROUPS, LIFE, YOUNG, RANK, WIDTHS, HIDDEN = 12, 8, 2, 2, 4, 1, 8, (4, 4, 8, 8), 8
-    SAMPLE_STEPS, SCORES, SCORED, TRANSLATIONS, SHOWN = 4, 3, 4, 2, 3
+    SCORES, SCORED, TRANSLATIONS, SHOWN = 3, 4, 2, 3
 CURVES = "energy", "detail", "nearest", "sharp", "spread"  # drawn
 LOG_EVERY, SCORE_EVERY = max(1, STEPS // 60), max(1, STEPS // SCORES)
 RESTARTS = BATCH // LIFE  # chains of a batch that start afresh at each visit
+SAMPLE_STEPS = LIFE * N_LANGEVIN  # of a translation: it does what a chain does in training
 
 
 # ---------------------------------------------------------------------------------------------- data
 
-def shapes(disc, n, generator):
-    """Made-up images: squares, or discs as large, in the same places and colours, on white: n of PIL's, 32 x 32."""
-    pictures = []
-    for size, left, top, *colour in torch.rand(n, 6, generator=generator).tolist():
-        size = 4 * round(10 + 8 * size)
-        left, top = (8 + round((112 - size) * at) for at in (left, top))
+def make_up(folder, n, disc, seed):
+    """Fill a folder with n made-up images: squares, or discs, of random place, size and colour, on white."""
+    make_folder(folder)
+    draws = torch.rand(n, 6, generator=torch.Generator().manual_seed(seed)).tolist()
+    for k, (size, left, top, *colour) in enumerate(draws):
+        size = 40 + 32 * size
+        left, top = (8 + (112 - size) * at for at in (left, top))
         picture = Image.new("RGB", (128, 128), "white")
         draw = getattr(ImageDraw.Draw(picture), "ellipse" if disc else "rectangle")
         draw((left, top, left + size, top + size), tuple(round(200 * c) for c in colour))
-        pictures.append(picture.resize((32, 32), Image.Resampling.BOX))
-    return pictures
+        picture.save(os.path.join(folder, f"{k:02d}.png"))
 
 
 if args.smoke:
     args.folders = [os.path.join(args.out, "images_smoke_data")]
     for k, (part, n) in enumerate((("trainA", 60), ("trainB", 60), ("testA", 6), ("testB", 6))):
-        make_folder(os.path.join(args.folders[0], part))
-        for i, picture in enumerate(shapes(k % 2, n, torch.Generator().manual_seed(k))):
-            picture.save(os.path.join(args.folders[0], part, f"{i:02d}.png"))
-if args.translate:  # what is wrong with it is said before the training
-    new_folder, new_names = images.out_folder(args.translate), images.find(args.translate)
+        make_up(os.path.join(args.folders[0], part), n, k % 2, k)
+if args.translate:  # read now: what is wrong must show before the training
+    new_names, new_folder = images.find(args.translate), images.out_folder(args.translate)
     new = images.read(args.translate, new_names, SIDE, args.background) / 127.5 - 1
 x, y, test_x, test_real = (s.to(device) for s in images.read_pair(args.folders, SIDE, args.background))
 if args.swap:
@@ -135,35 +131,32 @@ name = os.path.join(args.out, f"images_{name}_{SIDE}_eps{EPS:g}_seed{SEED}_{IMAG
 
 class Base(nn.Module):
     """The entropic plan between Gaussians with the means and covariances of both sets: full in the RANK main directions
-    V of both, isotropic outside them.  With the mean m of all images taken off, p what is along V, o what is not:
+    of both, isotropic outside them.  V: those directions, turned so that S is diagonal; with the mean of all images
+    taken off, p is what is along V, o what is not:
 
-        f(y) = |y|^2/2 - (p - r).S^-1 (p - r)/2 - |o - r_o|^2/(2 S_o)       pi_f(.|x) = N(r + S p_x, EPS S) N(r_o + ...)
+        f(y) = |y|^2/2 - sum (p - r)^2/(2 S) - |o - r_o|^2/(2 S_o)
+        pi_f(.|x) = N(r + S p_x, EPS S) along V, N(r_o + S_o o_x, EPS S_o) outside
 
-    NOISE^2 is added to the variances of y, 0.01^2 to those of x.  No variance EPS S of y given x is below ETA/2, or
-    Langevin steps would run away."""
+    NOISE^2 is added to the variances of y, 0.01^2 to those of x.  No variance EPS S is below ETA/2, or Langevin steps
+    would run away."""
 
     def __init__(self, x, y):
         super().__init__()
         x, y = x.flatten(1), y.flatten(1)
-        means = x.mean(0), y.mean(0)
-        mean, away = (means[0] + means[1]) / 2, [x - means[0], y - means[1]]
-        rows = torch.cat([*away, len(x) ** 0.5 * (means[1] - means[0])[None]])  # the shift too is a main direction
-        V = torch.svd_lowrank(rows, q=min(RANK + 20, *rows.shape), niter=3)[2][:, :RANK].contiguous()
-        noises = 0.01 ** 2, NOISE ** 2
-        inside = [(a @ V).double() for a in away]
-        outside = [(a.square().sum() - p.square().sum()) / len(a) / max(1, len(V) - RANK) for a, p in zip(away, inside)]
-        covariances = [p.T @ p / len(p) for p in inside]
-        P, Q = (C.lerp(C.diag().diag(), PRIOR) + n * torch.eye(RANK).to(C) for C, n in zip(covariances, noises))
-        s0, s1 = (s + n for s, n in zip(outside, noises))
-        least = ETA / (2 * EPS)
-        values, vectors = torch.linalg.eigh(gaussian_map(P, Q, EPS))
-        S = vectors @ values.clamp_min(least).diag() @ vectors.T
-        S_out = (2 * s1 / ((4 * s0 * s1 + EPS ** 2) ** 0.5 + EPS)).clamp_min(least)
-        (p_x, p_y), (o_x, o_y) = zip(*((m @ V, m - m @ V @ V.T) for m in (means[0] - mean, means[1] - mean)))
-        root = torch.linalg.cholesky(S)
-        inverse, root, S = (A.float() for A in (torch.linalg.inv(root), root, S))
-        for key, value in dict(mean=mean, V=V, S=S, root=root, inverse=inverse, S_out=S_out.float(), r=p_y - S @ p_x,
-                               r_out=o_y - S_out.float() * o_x).items():
+        mean, shift = (x.mean(0) + y.mean(0)) / 2, (y.mean(0) - x.mean(0)) / 2
+        away, noises = (x - x.mean(0), y - y.mean(0)), (0.01 ** 2, NOISE ** 2)
+        rows = torch.cat([*away, 2 * len(x) ** 0.5 * shift[None]])  # the shift too is a main direction
+        V = torch.svd_lowrank(rows, q=min(RANK + 20, *rows.shape), niter=3)[2][:, :RANK]
+        along = [a @ V for a in away]
+        P, Q = (p.T.double() @ p.double() / len(p) for p in along)
+        P, Q = (C.lerp(C.diag().diag(), PRIOR) + n * torch.eye(RANK).to(C) for C, n in zip((P, Q), noises))
+        s0, s1 = ((a.square().sum() - p.square().sum()) / len(a) / max(1, len(V) - RANK) + n
+                  for a, p, n in zip(away, along, noises))
+        S, turn = torch.linalg.eigh(gaussian_map(P, Q, EPS))
+        V, S = (V @ turn.float()).contiguous(), S.float().clamp_min(ETA / (2 * EPS))
+        S_o = (2 * s1 / ((4 * s0 * s1 + EPS ** 2) ** 0.5 + EPS)).clamp_min(ETA / (2 * EPS))
+        r, r_o = (1 + S) * (shift @ V), (1 + S_o) * (shift - shift @ V @ V.T)  # the means of x and y are -+ shift
+        for key, value in dict(mean=mean, V=V, S=S, S_o=S_o, r=r, r_o=r_o).items():
             self.register_buffer(key, value)
 
     def parts(self, y):
@@ -175,7 +168,7 @@ class Base(nn.Module):
     def forward(self, y):
         """f(y): (B, C, H, W) -> (B,)."""
         p, o = self.parts(y)
-        away = ((p - self.r) @ self.inverse.T).square().sum(1) + (o - self.r_out).square().sum(1) / self.S_out
+        away = ((p - self.r).square() / self.S).sum(1) + (o - self.r_o).square().sum(1) / self.S_o
         return (p.square().sum(1) + o.square().sum(1) - away) / 2
 
     @torch.no_grad()
@@ -184,8 +177,8 @@ class Base(nn.Module):
         p, o = self.parts(x)
         noise = math.sqrt(EPS) * torch.randn_like(o)
         along = noise @ self.V
-        p = self.r + p @ self.S + along @ self.root.T
-        o = self.r_out + self.S_out * o + self.S_out.sqrt() * (noise - along @ self.V.T)
+        p = self.r + self.S * p + self.S.sqrt() * along
+        o = self.r_o + self.S_o * o + self.S_o.sqrt() * (noise - along @ self.V.T)
         return (self.mean + p @ self.V.T + o).view_as(x)
 
 
@@ -206,14 +199,15 @@ def spread_order(points):
     """Row numbers of points (n, D) such that every stretch of rows lies together: halved at the median of each
     coordinate in turn.  A row from each of BATCH stretches makes a batch that is like the data, not by chance."""
     cells = [torch.arange(len(points), device=points.device)]
-    for axis in range(points.shape[1]):
-        cells = [half for cell in cells for half in cell[points[cell, axis].argsort(stable=True)].tensor_split(2)]
+    for values in points.T:
+        cells = [half for cell in cells for half in cell[values[cell].argsort(stable=True)].tensor_split(2)]
     return torch.cat(cells)
 
 
 def newborn(first, n):
     """Sources and first y of n chains, numbered from `first` on; consecutive ones have sources far apart."""
-    rows = ((0.618033988749895 * torch.arange(first, first + n, dtype=torch.float64)) % 1 * len(x)).long().to(device)
+    part = 0.6180339887 * torch.arange(first, first + n, dtype=torch.float64, device=device) % 1
+    rows = (part * len(x)).long()
     return x[rows], base.draw(x[rows])
 
 
@@ -221,7 +215,7 @@ def translated(f, x, n):
     """n translations of each x; the same ones at each call."""
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
-        return images.translate(f, base.draw, x, n, EPS, NOISE, ETA / 2, SAMPLE_STEPS, BOX)
+        return images.translate(f, base.draw, x, n, EPS, NOISE, ETA, SAMPLE_STEPS, BOX)
 
 
 def score(f, x, n, real):
@@ -241,8 +235,9 @@ for net in (f_avg, best):
 opt = torch.optim.AdamW(f.net.parameters(), lr=LR, betas=BETAS, weight_decay=DECAY, fused=True)
 few = x[::max(1, len(x) // SCORED)]
 shown = test_x[::math.ceil(len(test_x) / SHOWN)]
-bank = common.Bank(*newborn(0, GROUPS * BATCH), gap=torch.zeros(()), rate=torch.ones(()), ended=torch.zeros(()), best_step=torch.zeros(()),
-                   scores=torch.full((SCORES + 2, len(CURVES)), math.nan), early=shown[None].repeat(2, 1, 1, 1, 1)).to(device)
+zero = torch.zeros(())
+bank = common.Bank(*newborn(0, GROUPS * BATCH), gap=zero, rate=zero + 1, ended=zero, best_step=zero,
+                   scores=torch.full((SCORES + 2, len(CURVES)), math.inf), early=torch.stack([shown, shown])).to(device)
 print(f"{len(x)} sources, {len(y)} targets and {len(valid)} to choose by, {len(test_x)} and {len(test_real)} to test, "
       f"{CHANNELS} x {SIDE} x {SIDE}")
 
@@ -272,16 +267,18 @@ for step in run:
             net.load_state_dict(best.state_dict())
         opt.state.clear()
         bank.x[:], bank.y[:] = newborn(step, len(bank.x))
-        bank.gap, at_wall, bank.ended = 0 * bank.rate, 0 * at_wall, (bank.rate < 0.5 ** TRIES).float()
+        bank.gap, at_wall = 0 * bank.rate, 0 * at_wall
+        bank.ended += bank.rate < 0.5 ** TRIES
     if step % SCORE_EVERY == 0 or step == STEPS:
         k = -(-step // SCORE_EVERY)
         scores = score(f_avg, few, 1, valid)
         bank.scores[k] = torch.tensor([scores[what] for what in CURVES])
-        both = bank.scores[:k + 1, :2].sum(1)
-        if both.argmin() == k:
+        energy, detail, nearest = bank.scores[:k + 1, :3].T
+        order = (energy + detail + 0.1 * (nearest - 1).abs()).argsort()
+        if order[0] == k:
             best.load_state_dict(f_avg.state_dict())
             bank.best_step.fill_(step)
-        bank.ended = (k - both.argmin() >= PATIENCE).float()
+        bank.ended += k - order[0] >= PATIENCE
     for k, part in enumerate(EARLY):
         if step == round(part * STEPS):
             bank.early[k] = translated(f_avg, shown, 1)[:, 0]
@@ -302,7 +299,7 @@ z = translated(best, test_x, TRANSLATIONS)
 scores = images.translation_scores(test_x, z, test_real, y)
 images.save_pairs(f"{name}_pairs.pt", test_x, z)
 images.save_pairs(f"{name}_real.pt", test_x, test_real[:, None])
-pool = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(SEED))[:len(test_x)].to(device)]
+pool = y[common.stratified_rows(len(y), len(test_x), device)]
 rows, columns = linear_sum_assignment(torch.cdist(test_x.flatten(1), pool.flatten(1)).square().cpu().numpy())
 for what, some, control in (("base", test_x, translated(base, test_x, 1)),
                             ("retrieval", test_x[rows], pool[columns][:, None])):
@@ -316,12 +313,12 @@ images.save_panels(f"{name}.png", title, (shown, 1, "source"), (translated(base,
                    *((early, 1, f"at {100 * part:.0f} %") for early, part in zip(bank.early, EARLY)),
                    (ones.flatten(0, 1), 4, "four translations"), (nearest, 1, "nearest\nto the first"),
                    (test_real[:len(shown)], 1, "real"))
-done = ~bank.scores[:, 0].isnan().cpu()
+done = bank.scores[:, 0].isfinite().cpu()
 steps = (torch.arange(len(done)) * SCORE_EVERY).clamp(max=run.step)
 images.save_curves(f"{name}_curves.png", steps[done], dict(zip(CURVES, bank.scores.cpu()[done].T)))
 if args.translate:
     new = (new.mean(1, keepdim=True) if CHANNELS == 1 else new).to(device)
     images.write_folder(new_folder, new_names, translated(best, new, args.copies))
 print(f"wrote {name}.pt, .png, _curves.png, _pairs.pt, _real.pt")
-print(f"final eps {EPS:g} {words(scores)} steps {run.step} best_step {bank.best_step.item():.0f} train_s {run.seconds:.1f} "
-      f"total_s {time.perf_counter() - start_time:.1f}")
+print(f"final eps {EPS:g} {words(scores)} steps {run.step} best_step {bank.best_step.item():.0f} "
+      f"train_s {run.seconds:.1f} total_s {time.perf_counter() - start_time:.1f}")
