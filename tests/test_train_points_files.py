@@ -279,12 +279,16 @@ def test_what_the_advice_writes_is_read(folder):
 
 
 def test_what_unpacks_beyond_the_memory_is_refused(folder, monkeypatch):
-    """On a machine of 90 000 bytes: 10 000 rows of zeros, in kilobytes of .npz, .gz and .pt."""
+    """On a machine of 90 000 bytes: 10 000 rows of zeros, in kilobytes of .npz, .gz and .pt, of which the first two are
+    damaged, so that they could not be unpacked to the end."""
     monkeypatch.setattr(os, "sysconf", lambda name: 300)
     zeros = np.zeros((10_000, 3))
     np.savez_compressed("B.npz", X=zeros)
     np.savetxt("B.csv.gz", zeros, "%.0f", ",")
     torch.save(torch.zeros(1, 3).expand(10_000, 3), "B.pt")
+    text = pathlib.Path("B.npz").read_bytes()
+    pathlib.Path("B.npz").write_bytes(text[:150] + bytes(50) + text[200:])
+    os.truncate("B.csv.gz", os.path.getsize("B.csv.gz") - 30)
     assert "mean cost" in door("X.npy", "Y.npy")[0]
     for path in ("B.npz", "B.csv.gz", "B.pt"):
         assert os.path.getsize(path) < 5000
