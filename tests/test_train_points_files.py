@@ -132,6 +132,9 @@ def test_columns_are_matched_by_name(folder):
     for header, word in ((["a", "b", "d"], "c, d"), (["a", "b", "b"], "c")):
         (folder / "Y.csv").write_text(table(header=header))
         refuses(door("X.csv", "Y.csv", code=2)[0], "Y.csv", word)
+    (folder / "Y.csv").write_text(table(header=["b", "a", "b"]))
+    (folder / "T.csv").write_text(table(header=["a", "b", "b"]))
+    refuses(door("T.csv", "Y.csv", code=2)[0], "differ in b")
     (folder / "Y.csv").write_text(table(header=[*NAMES, "label"], rows=np.column_stack([ROWS, KEYS and ROWS[:, 0]])))
     refuses(door("X.csv", "Y.csv", code=2)[0], "Y.csv and X must have the same columns", "4 and 3", "label")
 
@@ -237,12 +240,12 @@ BAD = {  # what is wrong: file, how it is written, words
     "a pipe": ("B.npy", os.mkfifo, ["no file"]),
     "two arrays": ("B.npz", lambda path: np.savez(path, u=ROWS, v=ROWS), ["u, v", "B.npz:u"]),
     "no such array": ("B.npz:w", lambda path: np.savez("B.npz", u=ROWS, v=ROWS), ["u, v", "B.npz:u"]),
-    "sparse .npz": ("B.npz", sparse_npz, ["sparse"]),
+    "sparse .npz": ("B.npz", sparse_npz, ["is sparse"]),
     "no archive": ("B.npz", written_as("no"), []),
     "complex tensor": ("B.pt", saved(torch.zeros(60, 3, dtype=torch.complex64)), []),
     "a list": ("B.pt", saved([1, 2]), []),
     "two tensors": ("B.pt", saved({"u": 1, "v": 2}), ["u, v", "B.pt:u"]),
-    "sparse tensor": ("B.pt", saved(torch.eye(60)[:, :3].to_sparse()), ["sparse"]),
+    "sparse tensor": ("B.pt", saved(torch.eye(60)[:, :3].to_sparse()), ["is sparse"]),
     "a model": ("B.pt", saved(torch.nn.Linear(2, 2)), []),
     "a view": ("B.pt", saved(torch.zeros(1, 3).expand(10 ** 11, 3)), ["GiB of memory"]),
     "file of holes": ("B.npy", huge_npy, ["GiB of memory"]),
@@ -302,6 +305,8 @@ def test_a_column_or_a_row_that_carries_the_cost_is_named(folder):
     rows = np.random.default_rng(1).standard_t(3, size=(5000, 3))
     np.save("H.npy", rows)  # heavy tails are none
     assert "warning" not in door("H.npy", "Y.npy")[0]
+    np.save("L.npy", rows * [3, 1, 1])  # 82 % in one column
+    assert "warning" not in door("L.npy", "L.npy")[0]
     rows[[7, 11], [0, 2]] = -9999
     np.save("H.npy", rows)
     said = door("H.npy", "Y.npy")[0]
