@@ -109,7 +109,7 @@ if args.translate:  # read now: what is wrong must show before the training
 x, y, test_x, test_real = (s.to(device) for s in images.read_pair(args.folders, SIDE, args.background))
 x, y, test_x, test_real = (y, x, test_real, test_x) if args.swap else (x, y, test_x, test_real)
 valid, y = y[::VALIDATION], y[torch.arange(len(y), device=device) % VALIDATION > 0]
-IMAGES = hashlib.sha256(repr([s.double().sum((2, 3)).tolist() for s in (x, y)]).encode()).hexdigest()[:16]
+IMAGES = hashlib.sha256(repr([s.sum((2, 3), dtype=torch.float64).tolist() for s in (x, y)]).encode()).hexdigest()[:16]
 CHANNELS, RANK = x.shape[1], min(RANK, (len(x) + len(y)) // 2)
 CONSTANTS = constants_of(globals())  # a run is resumed with the same images only
 title = "_to_".join(os.path.basename(os.path.abspath(folder)) for folder in args.folders) + "_swapped" * args.swap
