@@ -69,7 +69,7 @@ ETA, BOX = NOISE ** 2 / 2, 3.0  # Langevin step; pixels are clipped to +-BOX
 AT_WALL, WIDEST_GAP = 0.05, 3000.0  # share of clipped pixels, mean of 100 gaps that count as divergence
 RANK, PRIOR = 128, 0.02  # directions whose covariance the base knows; the share of its diagonal in it
 SCALE = EPS / NOISE ** 2  # of the net
-LR, WARMUP = 3e-3 if SIDE == 32 else 1.6e-3, 50  # of AdamW; rises in WARMUP steps, then falls to 0 by a cosine
+LR, WARMUP = 3e-3, 50    # of AdamW; rises in WARMUP steps, then falls to 0 by a cosine
 BETAS, DECAY = (0.0, 0.99), 0.8  # decay of the weights, times LR, per step
 EMA_DECAY = 0.995        # of the weights, per step
 SCORES, SCORED = 9, 100  # times that the weights are scored, on so many translations
