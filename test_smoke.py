@@ -153,6 +153,7 @@ def gpu_check(device, warm, steps, *more):
 
     def in_script(visit, name, device):
         (script, *options), constants = GPU_CHECK[name]
+        options = [] if "--smoke" in more else options  # --check and --smoke are refused together
         gc.collect()  # of the script before, which the peak must not count
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()

@@ -396,7 +396,7 @@ import sys
 import torch
 import common
 import os
-from run import RANK, WORLD, agreed, distributed, gather_chains, share_out
+from run import RANK, WORLD, agreed, distributed, share_out
 
 torch.set_num_threads(1)
 if WORLD > 1:
@@ -414,8 +414,11 @@ for step in range(3):
     bank.y[rows] = y
     common.train_step(f, opt, y_pos.chunk(WORLD)[RANK], y)
     torch.manual_seed(step)  # bank.rows drew fewer numbers where there are two
-gather_chains({"bank": bank})
-torch.save([*f.parameters(), bank.y], f"{sys.argv[1]}{RANK}.pt")
+others = [bank.y.clone() for _ in range(WORLD)]
+for rank, y in enumerate(others if WORLD > 1 else ()):
+    distributed.broadcast(y, rank)
+y = torch.cat([y[bank.slice_of(rank)] for rank, y in enumerate(others)])
+torch.save([*f.parameters(), y], f"{sys.argv[1]}{RANK}.pt")
 agreed(0)
 os._exit(0)
 """

@@ -1,0 +1,221 @@
+"""Images: the base's plan against the closed form in pixel space, its gradient, a known translation, runs and resumes."""
+import math
+import os
+import shutil
+import types
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import images
+from conftest import checkpoint, final, here, in_loop, refuses, same, signal_at
+from mixture import gaussian_map
+
+
+def command(out, *options):
+    return "train_images.py", "--smoke", "--device", "cpu", "--out", out, *options
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A smoke run: its folder, output, globals, and the name of its files."""
+    out = tmp_path_factory.mktemp("images")
+    output, values = here(*command(out))
+    return types.SimpleNamespace(out=out, output=output, values=values, name=os.path.basename(values["name"]))
+
+
+def edited(tmp_path, **constants):
+    """A copy of the script with other constants."""
+    source = open(os.path.join(os.path.dirname(images.__file__), "train_images.py"), encoding="utf-8").read()
+    lines = "\n".join(f"{name} = {value}" for name, value in constants.items())
+    (tmp_path / "train_images.py").write_text(source.replace("LOG_EVERY, SCORE_EVERY =", f"{lines}\nLOG_EVERY, SCORE_EVERY ="))
+    return tmp_path / "train_images.py"
+
+
+# ------------------------------------------------------------------------------------------------ the base
+
+def base_of(values, x, y, **constants):
+    values["Base"].__init__.__globals__.update(constants)
+    return values["Base"](x, y)
+
+
+@pytest.fixture
+def gaussians(whole):
+    """-> Base of two sets of tiny images and its closed form in pixel space: S0, S1 (with the noise), means."""
+    kept = {k: whole.values[k] for k in ("RANK", "PRIOR", "NOISE", "ETA", "EPS")}
+
+    def make(rank, eps=0.1):
+        torch.manual_seed(0)
+        noise = 0.1
+        x, y = (torch.randn(400, 12) @ torch.randn(12, 12) / 3 + torch.randn(12) for _ in range(2))
+        base = base_of(whole.values, x.view(-1, 3, 2, 2), y.view(-1, 3, 2, 2), RANK=rank, PRIOR=0.0, NOISE=noise,
+                       ETA=1e-6, EPS=eps)
+        S0, S1 = (s.double().T.cov(correction=0) + n ** 2 * torch.eye(12) for s, n in ((x, 0.01), (y, noise)))
+        return base, S0, S1, x.double().mean(0), y.double().mean(0)
+
+    yield make
+    whole.values["Base"].__init__.__globals__.update(kept)
+
+
+def test_base_is_the_plan_between_gaussians_in_pixel_space_with_noise(gaussians):
+    eps = 0.1
+    base, S0, S1, m0, m1 = gaussians(12, eps)
+    T = gaussian_map(S0, S1, eps)
+    x = torch.randn(2, 3, 2, 2)
+    draws = base.draw(x.repeat_interleave(20000, 0)).flatten(1).double().view(2, 20000, 12)
+    expected = m1 + (x.flatten(1).double() - m0) @ T
+    scale = (eps * T.diagonal()).sqrt()
+    assert ((draws.mean(1) - expected).abs() / scale).max() < 0.03  # four standard errors
+    covariance = draws[0].T.cov()
+    assert ((covariance - eps * T).abs() / scale.outer(scale)).max() < 0.04
+    # so the law of y over Gaussian x is N(m1, S1): T S0 T + eps T = S1
+    assert torch.allclose(T @ S0 @ T + eps * T, S1, atol=1e-8)
+
+
+def test_base_f_is_the_log_density_of_its_draws(gaussians):
+    """exp((f(y) - |x-y|^2/2)/eps) is proportional to the density that draw follows: at 40 points, for two x."""
+    eps = 0.1
+    base, S0, S1, m0, m1 = gaussians(12, eps)
+    T = gaussian_map(S0, S1, eps)
+    for x in torch.randn(2, 1, 3, 2, 2):
+        y = base.draw(x.expand(40, -1, -1, -1))
+        log_p = (base(y) - (y - x).square().flatten(1).sum(1) / 2).double() / eps
+        away = y.flatten(1).double() - (m1 + (x.flatten(1).double() - m0) @ T)
+        exact = -((away @ torch.linalg.inv(T)) * away).sum(1) / (2 * eps)
+        assert (log_p - exact - (log_p - exact).mean()).abs().max() < 0.02
+
+
+def test_base_outside_its_directions_is_isotropic_and_keeps_the_mean(gaussians):
+    base, S0, S1, m0, m1 = gaussians(5)
+    V = base.V.double()
+    assert torch.allclose(V.T @ V, torch.eye(5).double(), atol=1e-5)
+    rest = torch.eye(12).double() - V @ V.T
+    s0, s1 = ((rest @ S @ rest).trace() / 7 for S in (S0, S1))
+    single = gaussian_map(s0.view(1, 1), s1.view(1, 1), 0.1).item()
+    assert base.S_o.item() == pytest.approx(single, rel=1e-4)
+    at_mean = base.draw(m0.float().view(1, 3, 2, 2).expand(20000, -1, -1, -1)).flatten(1).double()
+    assert (at_mean.mean(0) - m1).abs().max() < 0.02
+    o = at_mean @ rest
+    assert o.var(0).sum().item() == pytest.approx(0.1 * single * 7, rel=0.03)
+
+
+@pytest.mark.parametrize("rank", [5, 12])
+def test_gradient_of_the_base(gaussians, rank):
+    """y - V S^-1 (p - r) - (o - r_o)/S_o."""
+    base = gaussians(rank)[0]
+    y = torch.randn(6, 3, 2, 2, requires_grad=True)
+    p, o = base.parts(y.detach())
+    by_hand = p @ base.V.T + o - ((p - base.r) / base.S) @ base.V.T
+    by_hand -= (o - base.r_o) @ (torch.eye(12) - base.V @ base.V.T) / base.S_o
+    gradient, = torch.autograd.grad(base(y).sum(), y)
+    assert torch.allclose(gradient.flatten(1), by_hand, rtol=1e-3, atol=2e-3 * by_hand.abs().max().item())
+
+
+def test_no_direction_is_too_narrow_for_the_step(whole):
+    """A Langevin step is stable where the variance EPS S is above ETA/4."""
+    v = whole.values
+    assert v["base"].S.min() > 0.999 * v["ETA"] / (2 * v["EPS"])
+    assert v["base"].S_o >= 0.999 * v["ETA"] / (2 * v["EPS"])
+
+
+# ------------------------------------------------------------------------------------------------ the chains
+
+def test_spread_order_puts_one_of_each_region_into_a_batch(whole):
+    points = torch.rand(1000, 2)
+    ordered = points[whole.values["spread_order"](points)]
+    assert torch.equal(ordered.sort(0).values, points.sort(0).values)
+    for cell in ordered.tensor_split(4):  # the quarters of the square
+        assert (cell.amax(0) - cell.amin(0)).max() < 0.6
+
+
+def test_chains_end_after_life_visits_and_the_young_teach_nothing():
+    def visit(run, v):
+        ages, seen = torch.zeros(len(v["bank"].x)), []
+        v["newborn"] = lambda first, n: (torch.full((n, *v["x"].shape[1:]), float(first)), 7 + torch.zeros(n, *v["x"].shape[1:]))
+        v["images"].walk, walk = (lambda f, x, y, *_: y + 1), v["images"].walk
+        v["common"].train_step, train_step = (lambda f, opt, pos, neg: seen.append(neg[:, 0, 0, 0]) or torch.zeros(())), v["common"].train_step
+        try:
+            for step in range(1, 40):
+                yield step
+        finally:
+            v["images"].walk, v["common"].train_step = walk, train_step
+        return seen, v["GROUPS"], v["LIFE"], v["YOUNG"], v["BATCH"]
+
+    seen, groups, life, young, batch = in_loop(visit, "train_images.py", "--smoke", "--device", "cpu", SCORE_EVERY=10 ** 6)
+    for y in seen[groups * life:]:
+        visits = y - 7
+        assert len(y) == batch * (life - young) // life
+        assert visits.min() == young + 1 and visits.max() == life
+
+
+# ------------------------------------------------------------------------------------------------ whole runs
+
+def test_smoke_writes_what_it_says(whole):
+    files = {f"{whole.name}{end}" for end in (".pt", ".png", "_curves.png", "_pairs.pt", "_real.pt")}
+    assert files < set(os.listdir(whole.out))
+    pairs, real = (torch.load(whole.out / f"{whole.name}{end}.pt") for end in ("_pairs", "_real"))
+    assert pairs["x"].shape == (6, 3, 32, 32) and pairs["y"].shape == (6, 2, 3, 32, 32) and pairs["y"].abs().max() <= 1
+    test_b = images.read(whole.out / "images_smoke_data" / "testB", [f"{k:02d}.png" for k in range(6)], 32)
+    assert torch.equal(real["y"][:, 0], test_b / 127.5 - 1)
+    scores = images.translation_scores(pairs["x"], pairs["y"], real["y"][:, 0], whole.values["y"])
+    for key, value in scores.items():
+        assert final(whole.output)[key] == pytest.approx(value, rel=1e-3), key
+    assert "control base" in whole.output and "control retrieval" in whole.output
+
+
+def test_resume_is_bit_equal_and_translates_as_the_run_did(whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        signal_at(patch, 7, 15)
+        assert "stopping" in here(*command(tmp_path))[0]
+    new = tmp_path / "new"
+    shutil.copytree(tmp_path / "images_smoke_data" / "testA", new)
+    output, values = here(*command(tmp_path, "--resume", "--translate", new))
+    assert final(output) == pytest.approx(final(whole.output) | {k: final(output)[k] for k in ("train_s", "total_s")})
+    assert same(checkpoint(tmp_path, whole.name), checkpoint(whole.out, whole.name))
+    y = torch.load(whole.out / f"{whole.name}_pairs.pt")["y"]
+    output, _ = here(*command(tmp_path, "--resume", "--translate", new, "--copies", "2"))  # a finished run, once more
+    for k in range(6):
+        for copy in (1, 2):
+            made = np.asarray(Image.open(tmp_path / "new_translated" / f"{k:02d}_{copy}.png")).transpose(2, 0, 1)
+            assert np.array_equal(made, ((y[k, copy - 1] + 1) * 127.5).round().byte().numpy())
+    assert (tmp_path / "new_translated" / "05.png").exists()
+    assert same(checkpoint(tmp_path, whole.name), checkpoint(whole.out, whole.name))
+
+
+def test_a_training_that_runs_off_ends_with_a_plan(tmp_path):
+    output, values = here(edited(tmp_path, LR=1e30, WARMUP=1), "--smoke", "--device", "cpu", "--out", tmp_path)
+    assert "ran off at step" in output and "rate times 0.5" in output
+    base = values["translated"](values["base"], values["test_x"], 2)
+    if values["bank"].best_step == 0:
+        assert torch.equal(values["z"], base)
+    assert values["z"].isfinite().all() and math.isfinite(final(output)["energy"])
+
+
+def looks(y):
+    """Of images with one shape on white, (n, 3, 32, 32): its centre (n, 2) in pixels, its colour (n, 3), its area."""
+    ink = (1 - y).amax(1)
+    inside = (ink > ink.amax((1, 2), keepdim=True) / 2).float()
+    area, ticks = inside.sum((1, 2)), torch.arange(32.0)
+    centre = torch.stack([inside.sum(1) @ ticks, inside.sum(2) @ ticks], 1) / area[:, None]
+    return centre, (y * inside[:, None]).sum((2, 3)) / area[:, None], area
+
+
+def test_squares_become_discs_in_their_place_and_colour(tmp_path, whole):
+    for k, (part, n) in enumerate((("trainA", 200), ("trainB", 200), ("testA", 20), ("testB", 20))):
+        whole.values["make_up"](str(tmp_path / "shapes" / part), n, k % 2, k)
+    script = edited(tmp_path, STEPS=30, WIDTHS=(4, 8, 8, 8), HIDDEN=8, BATCH=32, SCORES=1, SCORED=20, RANK=64)
+    _, v = here(script, "--device", "cpu", "--out", tmp_path, tmp_path / "shapes")
+    centre, colour, area = looks(v["test_x"])
+    for copy in v["z"].unbind(1):
+        new_centre, new_colour, new_area = looks(copy)
+        print((new_centre - centre).norm(dim=1).mean(), (new_colour - colour).abs().mean(), (new_area / area).mean())
+    assert 0
+
+
+def test_bad_folders_are_one_sentence(tmp_path):
+    refuses(here("train_images.py", "--out", tmp_path, code=2)[0], "name one folder")
+    refuses(here("train_images.py", "--out", tmp_path, "a", "b", "c", code=2)[0], "name one folder")
+    refuses(here("train_images.py", "--out", tmp_path, tmp_path / "a", tmp_path / "b", code=2)[0], "No such file")
+    refuses(here("train_images.py", "--out", tmp_path, "a", "--background", "whitish", code=2)[0], "background")

@@ -1,0 +1,109 @@
+"""Discrete plans against a long Sinkhorn, distances by hand."""
+import math
+
+import numpy as np
+import ot
+import pytest
+import torch
+
+import truth
+
+
+def samples(n, shift=0.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 2, generator=generator).double(), shift + truth.swiss_roll(n, generator).double()
+
+
+def test_swiss_roll_has_its_moments():
+    y = truth.swiss_roll(200_000, torch.Generator().manual_seed(0))
+    assert y.mean(0).tolist() == pytest.approx([2 / 8, 2 / (3 * math.pi) / 8], abs=0.01)
+    assert y.square().sum(1).mean().item() == pytest.approx((9.75 * math.pi ** 2 + 0.5) / 64, rel=0.01)
+
+
+# ------------------------------------------------------------------------------------------------ discrete plans
+
+@pytest.mark.parametrize("eps", [1.0, 0.02])
+def test_solve_against_a_long_sinkhorn(eps):
+    x, y = samples(120)
+    g, error = truth.solve(x, y, eps)
+    weight = np.full(len(x), 1 / len(x))
+    plan = ot.sinkhorn(weight, weight, (torch.cdist(x, y).square() / 2).numpy(), eps, method="sinkhorn_log",
+                       numItermax=20_000, stopThr=1e-9)
+    exact = torch.from_numpy(plan) * len(x)
+    assert error < 1e-4 and g.dtype == torch.float64
+    assert (truth.conditional(x, y, g, eps) - exact).abs().sum(1).mean() < 1e-3  # of 2 at the most
+    new = torch.tensor([[0.3, -1.0]])  # beyond the sample: by the definition
+    by_hand = (g - (new - y).square().sum(1) / 2).div(eps).exp()
+    assert torch.allclose(truth.conditional(new, y, g, eps)[0], by_hand / by_hand.sum())
+
+
+def test_soft_transforms_of_the_solution_are_the_solution():
+    """At the optimum each potential is the transform of the other, so both marginals hold; here the second one's."""
+    x, y = samples(120)
+    g, _ = truth.solve(x, y, 0.1)
+    f = truth.soft_transform(g, x, y, 0.1)
+    assert torch.allclose(truth.soft_transform(f, y, x, 0.1), g, atol=1e-4)
+    one = truth.soft_transform(torch.tensor([0.7]), torch.zeros(1, 2), torch.tensor([[3.0, 4.0]]), 0.1)
+    assert one.item() == pytest.approx(12.5 - 0.7)  # of a single point: the cost, less its potential
+
+
+def test_references_belong_to_their_samples_and_damaged_ones_are_solved_again(tmp_path, capsys):
+    x, y = samples(40)
+    good = truth.kept_solution(x, y, 0.1, tmp_path)
+    path, = tmp_path.glob("reference_eps0.1_*.npz")
+    assert capsys.readouterr().out.count("solving") == 1
+    assert torch.equal(truth.kept_solution(x, y, 0.1, tmp_path), good) and "solving" not in capsys.readouterr().out
+    damages = ({"g": good.numpy() * np.nan}, {"g": good.numpy()[1:]}, {"g": good.numpy().astype("U9")},
+               {"other": good.numpy()}, b"text", path.read_bytes()[:300], b"")
+    for damage in damages:
+        path.write_bytes(damage) if isinstance(damage, bytes) else np.savez(path, **damage)
+        assert torch.equal(truth.kept_solution(x, y, 0.1, tmp_path), good)
+        assert capsys.readouterr().out.count("solving") == 1 and np.array_equal(np.load(path)["g"], good)
+    truth.kept_solution(*samples(40, shift=3.0), 0.1, tmp_path)  # other samples, another temperature
+    truth.kept_solution(x, y, 0.2, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3 and np.array_equal(np.load(path)["g"], good)
+
+
+def test_a_solve_that_has_not_converged_or_cannot_be_kept_is_said(tmp_path, capsys, monkeypatch):
+    x, y = samples(40)
+    monkeypatch.setattr(truth, "solve", lambda x, y, eps: (torch.zeros(len(y)).double(), math.nan))
+    truth.kept_solution(x, y, 0.1, tmp_path / "missing")
+    output = capsys.readouterr().out
+    assert "warning: not converged" in output and "warning: cannot write" in output
+
+
+# ------------------------------------------------------------------------------------------------ distances
+
+def test_quantiles_of_weighted_points_and_sliced_w2():
+    directions = truth.directions_2d(4)
+    points = torch.tensor([[2.0, 0.0], [-1.0, 0.0], [5.0, 5.0]])
+    weights = torch.tensor([[0.25, 0.75, 0.0], [0.5, 0.5, 0.0]]).double()  # the third is seen by none
+    q = truth.quantiles(weights, points, 4, directions)
+    assert q.shape == (2, 4, 4)
+    assert q[:, :, 0].tolist() == [[-1, -1, -1, 2], [-1, -1, 2, 2]]
+    assert torch.allclose(q[:, :, 2], torch.zeros(2, 4), atol=1e-6)  # the second coordinate, 0 in all
+    x, _ = samples(400)
+    uniform = torch.full((1, 400), 1 / 400).double()
+    a, b = (truth.quantiles(uniform, x + torch.tensor(shift), 300, directions) for shift in ([0.0, 0.0], [3.0, 4.0]))
+    assert truth.sliced_w2(a, b) == pytest.approx(25 / 2, rel=1e-4)  # |shift . u|^2 over half a turn
+
+
+def test_w2_of_shifted_samples_and_its_ratio():
+    x, _ = samples(50)
+    shuffled = x.flip(0)
+    assert truth.w2(x, shuffled + torch.tensor([3.0, 4.0])) == pytest.approx(25)  # a shift is optimal for |x-y|^2
+    e = torch.tensor([1.0, 0.0])
+    assert truth.w2_ratio([shuffled + 2 * e], [x, x + e]) == pytest.approx((4 + 1) / 2)
+
+
+def test_bw2_by_hand():
+    corners = torch.tensor([[1.0, 1.0], [1, -1], [-1, 1], [-1, -1]]).double()  # mean 0, covariance I
+    eye, no = torch.eye(2).double(), torch.zeros(2).double()
+    assert truth.bw2(corners, no, eye) == pytest.approx(0, abs=1e-10)
+    assert truth.bw2(corners + torch.tensor([0.3, 0.4]), no, eye) == pytest.approx(0.25)
+    long = torch.diag(torch.tensor([4.0, 1.0])).double()
+    assert truth.bw2(corners, no, long) == pytest.approx(1)  # (2 - 1)^2
+    turn = torch.tensor([[math.cos(0.5), -math.sin(0.5)], [math.sin(0.5), math.cos(0.5)]]).double()
+    wide, S = corners * torch.tensor([2.0, 1.0]), turn @ long @ turn.T
+    fidelity = math.sqrt((long @ S).trace() + 2 * 4)  # 2 x 2: sqrt(tr P + 2 sqrt(det P))
+    assert truth.bw2(wide, no, S) == pytest.approx(10 - 2 * fidelity)
