@@ -23,8 +23,8 @@ from run import fail, make_folder, reason_of, save_figure, write_aside
 
 MAX_PIXELS = 50_000_000  # of one image: a file of kilobytes can unpack to gigabytes, and several are read at once
 NO_PICTURES = ("BUFR", "EMF", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF")  # PIL only knows their names, or runs them
-READERS = 8              # threads
-FEW = 500                # images a side: with fewer the network learns them by heart
+READERS, MEMORY = 8, 2 ** 30  # threads; bytes that a set's pixels may take as floats
+FEW = 500                # images to train with: fewer the network learns by heart
 Image.MAX_IMAGE_PIXELS = None  # PIL's bound only warns at first; MAX_PIXELS is lower and refuses
 warnings.filterwarnings("ignore", module="PIL")  # of metadata and palettes that are odd, yet read
 
@@ -32,12 +32,9 @@ warnings.filterwarnings("ignore", module="PIL")  # of metadata and palettes that
 # ------------------------------------------------------------------------------------------------ files in
 
 def find(folder):
-    """-> the images in a folder, names relative to it, sorted.  Those at its top; where it has none, those in its
-    subfolders.  An image is a file with an ending that PIL reads, in either case.  Hidden ones (.x, __MACOSX) are none.
-    Prints what it leaves out."""
-    def refuse(error):
-        fail(f"the folder {folder} cannot be read ({error.strerror}): name one that holds images")
-
+    """-> the images in a folder, names relative to it, sorted: those at its top, or, where it has none, those in its
+    subfolders.  An image is a file with an ending that PIL reads, and not hidden.  Prints what it leaves out."""
+    refuse = lambda error: fail(f"the folder {folder} cannot be read ({error.strerror}): name one that holds images")
     kinds = Image.registered_extensions()  # by their endings
     endings = {ending for ending, kind in kinds.items() if kind in Image.OPEN and kind not in NO_PICTURES}
     folder, names, out = os.fspath(folder), [], collections.Counter()
@@ -46,7 +43,7 @@ def find(folder):
         for file in files:
             at, ending = os.path.join(path, file), os.path.splitext(file)[1].lower()
             why = ("hidden" if file.startswith(".") else (ending or "without an ending") if ending not in endings else
-                   "" if os.path.isfile(at) else "broken links or pipes")  # to open a named pipe is to wait for its writer
+                   "" if os.path.isfile(at) else "broken links or pipes")  # to open a pipe is to wait for its writer
             if why:
                 out[why] += 1
             else:
@@ -100,8 +97,7 @@ def read(folder, names, side, background="white"):
 
     with ThreadPoolExecutor(READERS) as threads:
         found = list(threads.map(one, names))
-    problems = [words for words in found if isinstance(words, str)]
-    if problems:
+    if problems := [words for words in found if isinstance(words, str)]:
         fail(f"{folder} has {len(problems)} unusable files, {', '.join(problems[:5])}{' ...' * (len(problems) > 5)}: "
              "mend them or take them out")
     return torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2)
@@ -118,15 +114,17 @@ def read_pair(paths, side, background="white"):
         folders = folders if all(map(os.path.isdir, folders[2:])) else folders[:2]
     if len({os.path.realpath(folder) for folder in folders}) < len(folders):
         fail("the two folders are the same: name the sources first, then the targets")
-    sets = [read(folder, find(folder), side, background) for folder in folders]
+    names, most = [find(folder) for folder in folders], MEMORY // (12 * side ** 2)
+    sets = [read(folder, some[::-(-len(some) // most)], side, background) for folder, some in zip(folders, names)]
     if len(sets) == 2:
         sets = [s[torch.arange(len(s)) % 10 > 0] for s in sets] + [s[::10] for s in sets]
-    for folder, seen, held_out in zip(folders, sets, sets[2:]):
+    for folder, some, seen, held_out in zip(folders, names, sets, sets[2:]):
+        if len(some) > most:
+            print(f"{folder}: of {len(some)} images {len(seen)} are used, spread evenly: memory holds no more")
         if len(seen) < 10 or len(held_out) < 2:
             fail(f"{folder} leaves {len(seen)} images to train with and {len(held_out)} to test: put more there")
         if len(seen) < FEW:
-            print(f"warning: {folder} has only {len(seen)} images to train with: with under {FEW} expect worse "
-                  "translations, nearer to copies of what was seen")
+            print(f"warning: {folder} has only {len(seen)} images to train with: under {FEW}, translations are worse")
     grey = all((pixels == pixels[:, :1]).all() for pixels in sets)
     return [(pixels[:, :1] if grey else pixels) / 127.5 - 1 for pixels in sets]
 
@@ -137,14 +135,12 @@ def out_folder(folder):
     """FOLDER_translated, made now: what would keep it from being written must show before the training."""
     path = os.path.normpath(folder) + "_translated"
     make_folder(path)
-    if problem := write_aside(os.path.join(path, "figure"), lambda file: file.write(b" "), keep=False):
-        fail(problem)
-    return path
+    problem = write_aside(os.path.join(path, "figure"), lambda file: file.write(b" "), keep=False)
+    return fail(problem) if problem else path
 
 
 def write_folder(path, names, y):
-    """Write translations of images so named into a folder: NAME.png, or NAME_1.png ... for M > 1.  y: for each image
-    (M, C, H, W), in one tensor or, where that would be too large, from a generator."""
+    """Write translations of images so named: NAME.png, or NAME_1.png ... for M > 1.  y yields (M, C, H, W) for each."""
     stems = [os.path.splitext(name)[0] for name in names]
     twice = {stem for stem, count in collections.Counter(map(str.lower, stems)).items() if count > 1}
     stems = [name if stem.lower() in twice else stem for name, stem in zip(names, stems)]  # a.jpg beside a.png
@@ -153,17 +149,43 @@ def write_folder(path, names, y):
         pixels = (127.5 * (copies.clamp(-1, 1) + 1)).round().byte().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu()
         for k, image in enumerate(pixels.numpy(), 1):
             file_name = os.path.join(path, stem + f"_{k}" * (len(pixels) > 1) + ".png")
-            problem = write_aside(file_name, lambda file: Image.fromarray(image).save(file, "png"))
-            if problem:
+            if problem := write_aside(file_name, lambda file: Image.fromarray(image).save(file, "png")):
                 fail(f"{problem}; then --resume with --translate writes them again")
     print(f"wrote {len(pixels)} translations of each of {len(names)} images into {path}")
 
 
 def save_pairs(path, x, y):
     """Write {"x": (N, ...), "y": (N, M, ...)}; a full disk must not cost the run its last line."""
-    problem = write_aside(path, lambda file: torch.save({"x": x.cpu(), "y": y.cpu()}, file))
-    if problem:
+    if problem := write_aside(path, lambda file: torch.save({"x": x.cpu(), "y": y.cpu()}, file)):
         print(f"warning: {problem}; then --resume writes it again")
+
+
+def tiled(images, columns):
+    """Images (n, C, H, W) in [-1,1] as one picture, grey lines between: (rows, columns, 3) in [0,1], on the CPU."""
+    images = F.pad((images.clamp(-1, 1).cpu().expand(-1, 3, -1, -1) + 1) / 2, (1, 1, 1, 1), value=0.3)
+    rows = images[:len(images) // columns * columns].split(columns)
+    return torch.cat([torch.cat(list(row), 2) for row in rows], 1).permute(1, 2, 0)
+
+
+def save_panels(path, title, *panels):
+    """Write a figure of panels side by side, each (images (n, C, H, W), columns, its title)."""
+    w = [columns for _, columns, _ in panels]
+    fig, axes = plt.subplots(1, len(w), figsize=(sum(w), 7.4), layout="constrained", width_ratios=w, squeeze=False)
+    for axis, (images, columns, panel_title) in zip(axes[0], panels):
+        axis.imshow(tiled(images, columns).numpy())
+        axis.set_title(panel_title)
+        axis.axis("off")
+    fig.suptitle(title)
+    save_figure(fig, path)
+
+
+def save_curves(path, steps, curves):
+    """Write a small plot for each curve {name: values}, over the steps."""
+    fig, axes = plt.subplots(1, len(curves), figsize=(2.6 * len(curves), 2.4), layout="constrained", squeeze=False)
+    for axis, (what, values) in zip(axes[0], curves.items()):
+        axis.plot(steps, values, ".-", linewidth=0.8)
+        axis.set(title=what, xlabel="step")
+    save_figure(fig, path)
 
 
 # ------------------------------------------------------------------------------------------------ network and sampler
@@ -204,17 +226,13 @@ def walk(f, x, y, eps, eta, steps, box):
     return y
 
 
-def denoised(f, x, y, eps, noise):
-    """E[y0|y,x], the mean of the image y0 under y = y0 + noise N(0, I), y ~ pi_f(.|x): Tweedie's formula
-    y + noise^2 grad_y log pi_f(y|x), clipped to [-1,1]."""
-    return (y + noise ** 2 * common.log_p_and_grad(f, x, y, eps)[1]).clamp(-1, 1)
-
-
 def translate(f, draw, x, n, eps, noise, eta, steps, box, part=256):
-    """n translations of each x, without noise: (N, C, H, W) -> (N, n, C, H, W).  draw(x): where the walks start."""
+    """n translations of each x: (N, C, H, W) -> (N, n, C, H, W).  A walk from draw(x), then the mean of the image y0
+    under y = y0 + noise N(0, I), y ~ pi_f(.|x), by Tweedie's formula: y + noise^2 grad_y log pi_f(y|x)."""
     done, last_print = [], time.perf_counter()
     for some in x.repeat_interleave(n, 0).split(part):
-        done.append(denoised(f, some, walk(f, some, draw(some), eps, eta, steps, box), eps, noise))
+        y = walk(f, some, draw(some), eps, eta, steps, box)
+        done.append((y + noise ** 2 * common.log_p_and_grad(f, some, y, eps)[1]).clamp(-1, 1))
         if time.perf_counter() - last_print > 30:
             print(f"translated {sum(map(len, done))}/{n * len(x)}")
             last_print = time.perf_counter()
@@ -247,52 +265,16 @@ def translation_scores(x, y, real, seen):
     cost_ratio  cost, mean |x-y|^2/2, over exact_ot_cost(x, real)
     diversity   mean distance between two y of one x over that between two real ones; 0 for M = 1
     spread      mean standard deviation of a pixel of y over that of real: far below 1 where y has collapsed"""
-    def detail(y):
-        return y - F.interpolate(F.avg_pool2d(y, 4), scale_factor=4, mode="bilinear", align_corners=False)
-
-    def gradient(y):
-        return (y[..., 1:] - y[..., :-1]).square().mean() + (y[..., 1:, :] - y[..., :-1, :]).square().mean()
-
     every, ones, scores = y.flatten(0, 1), y.unbind(1), {}
-    for what, view in (("energy", lambda y: y.flatten(1)), ("detail", lambda y: detail(y).flatten(1))):
+    gradient = lambda y: sum(y.diff(dim=k).square().mean() for k in (2, 3))
+    coarse = lambda y: F.interpolate(F.avg_pool2d(y, 4), scale_factor=4, mode="bilinear", align_corners=False)
+    for what, view in (("energy", lambda y: y.flatten(1)), ("detail", lambda y: (y - coarse(y)).flatten(1))):
         away = sum(energy_distance(view(one), view(real)) for one in ones)  # the y of one x are not independent
         scores[what] = away / len(ones) / energy_distance(view(x), view(real))
     nearest = [torch.cdist(z.flatten(1), seen.flatten(1)).amin(1).mean() for z in (every, real)]
     cost = common.quadratic_cost(x.repeat_interleave(len(ones), 0), every).mean().item()
     apart = sum((a - b).flatten(1).norm(dim=1).mean() for a, b in zip(ones, ones[1:])) / max(1, len(ones) - 1)
-    ratios = {"nearest": nearest[0] / nearest[1], "sharp": gradient(every) / gradient(real),
-              "diversity": apart / torch.pdist(real.flatten(1)).mean(),
-              "spread": every.std(0).mean() / real.std(0).mean()}
-    return {**scores, **{what: float(ratio) for what, ratio in ratios.items()}, "cost": cost,
-            "cost_ratio": cost / exact_ot_cost(x, real)}
-
-
-# ------------------------------------------------------------------------------------------------ pictures
-
-def tiled(images, columns):
-    """Images (n, C, H, W) in [-1,1] as one picture, grey lines between: (rows, columns, 3) in [0,1], on the CPU."""
-    images = F.pad((images.clamp(-1, 1).cpu().expand(-1, 3, -1, -1) + 1) / 2, (1, 1, 1, 1), value=0.3)
-    rows = images[:len(images) // columns * columns].split(columns)
-    return torch.cat([torch.cat(list(row), 2) for row in rows], 1).permute(1, 2, 0)
-
-
-def save_panels(path, title, *panels):
-    """Write a figure of panels side by side, each (images (n, C, H, W), columns, its title)."""
-    widths = [columns for _, columns, _ in panels]
-    fig, axes = plt.subplots(1, len(panels), figsize=(sum(widths), 7.4), layout="constrained", width_ratios=widths,
-                             squeeze=False)
-    for axis, (images, columns, panel_title) in zip(axes[0], panels):
-        axis.imshow(tiled(images, columns).numpy())
-        axis.set_title(panel_title)
-        axis.axis("off")
-    fig.suptitle(title)
-    save_figure(fig, path)
-
-
-def save_curves(path, steps, curves):
-    """Write a small plot for each curve {name: values}, over the steps."""
-    fig, axes = plt.subplots(1, len(curves), figsize=(2.6 * len(curves), 2.4), layout="constrained", squeeze=False)
-    for axis, (what, values) in zip(axes[0], curves.items()):
-        axis.plot(steps, values, ".-", linewidth=0.8)
-        axis.set(title=what, xlabel="step")
-    save_figure(fig, path)
+    ratios = {"nearest": nearest[0] / nearest[1], "sharp": gradient(every) / gradient(real), "diversity": apart /
+              torch.pdist(real.flatten(1)).mean(), "spread": every.std(0).mean() / real.std(0).mean()}
+    scores |= {what: float(ratio) for what, ratio in ratios.items()}
+    return scores | {"cost": cost, "cost_ratio": cost / exact_ot_cost(x, real)}

@@ -17,15 +17,14 @@ Writes beside itself (or under --out) images_A_to_B_32_eps0.1_seed0_HASH.pt, whi
 and M translations of each, _real.pt: held-out targets, for eval_fid.py, and NEW_translated/NAME.png.
 
 The base leaves ghosts of the source behind; the net learns what targets look like, at every resolution.  As with the
-digits, targets get noise of deviation NOISE, or f would become too steep for the chains to mix; decay of the weights
-keeps it smooth.  A chain starts from an exact draw of the base's plan, lives for LIFE visits of N_LANGEVIN steps and
-ends.  A translation does the same, and then takes the mean of the image under the noise (Tweedie's formula).
+digits, targets get noise of deviation NOISE, and decay of the weights keeps f smooth.  A chain starts from an exact
+draw of the base's plan, lives for LIFE visits of N_LANGEVIN steps and ends.  A translation does the same: where chains
+lived longer than translations, or for many more steps of the training, f was wrong where translations end.
 
-Now and then training sources are translated and scored against targets held out for this alone (every VALIDATION-th):
-see images.translation_scores.  The weights that score best are kept; a training that runs off goes back to them, at
-half the rate: whatever happens there is a plan, if only the base's.  The last line scores the translations of the test
-sources; `control base` those of the base alone, `control retrieval` training targets paired with the sources by
-discrete OT: a score that a control reaches too is no evidence.
+Weights are scored on images held out for this alone: see images.translation_scores.  The best are kept; a training
+that runs off goes back to them at half the rate: whatever happens there is a plan, if only the base's.  The last line
+scores the test sources' translations; `control base` those of the base alone, `control retrieval` training targets
+paired with the sources by discrete OT: a score that a control reaches too is no evidence.
 """
 import hashlib
 import math
@@ -45,53 +44,45 @@ from run import Run, WORLD, arguments, constants_of, fail, make_folder, number
 args = arguments(
     __doc__, __file__, eps=0.1, folders=dict(nargs="*", metavar="DIR or A B", help="folders of images"),
     side=dict(type=int, choices=(32, 64, 128), default=32, help="pixels (default 32)"),
-    background=dict(type=ImageColor.getrgb, default=(255, 255, 255), metavar="COLOUR",
-                    help="under transparent images (default white)"),
+    background=dict(type=ImageColor.getrgb, default=(255,) * 3, help="under transparent images (default white)"),
     swap=dict(action="store_true", help="from B to A"),
     translate=dict(metavar="NEW", help="also translate this folder of images, into NEW_translated"),
-    copies=dict(type=number(1, 100, int), default=1, help="translations of each image of NEW (default 1)"))
+    copies=dict(type=number(1, 100, int), help="translations of each image of NEW (default 1)"))
 device, start_time = args.device, time.perf_counter()
 if WORLD > 1:
     fail("images train in one process: start train_images.py with python, not with torchrun")
 if args.smoke and args.folders or len(args.folders) not in ((0,) if args.smoke else (1, 2)):
     fail("name one folder that holds trainA and trainB, or two folders of images, A B; or --smoke without any")
+if args.copies and not args.translate:
+    fail("--copies is for --translate NEW: name a folder to translate")
 
 # ---------------------------------------------------------------------------------------------- constants
 EPS, SEED, SIDE = args.eps, args.seed, args.side
-STEPS = {32: 1500, 64: 1000, 128: 1000}[SIDE]  # AdamW steps, at most
+STEPS = {32: 900, 64: 800, 128: 800}[SIDE]  # AdamW steps, at most
+WIDTHS = {32: (12, 36, 72, 144), 64: (8, 24, 48, 96, 144), 128: (8, 16, 32, 64, 128, 160)}[SIDE]  # channels
+HIDDEN = 256             # units after the last
 BATCH = 64               # chains moved per step, and targets per step
 N_LANGEVIN = 5           # Langevin steps of a chain per training step
-GROUPS, LIFE = 3, 16     # batches of chains, in turn; visits after which a chain ends
-YOUNG = 4                # visits of a chain before f learns from it: it still carries the base's faults
+GROUPS, LIFE, YOUNG = 3, 16, 4  # batches of chains, in turn; visits to a chain till it ends, and till f learns from it
 NOISE = min(0.16, 0.5 * math.sqrt(EPS))  # added to targets
-ETA = NOISE ** 2 / 2     # Langevin step
-BOX = 3.0                # pixels are clipped to +-BOX
-AT_WALL = 0.05           # share of clipped pixels that counts as divergence
-WIDEST_GAP = 3000.0      # mean of 100 steps, in size; counts as divergence
+ETA, BOX = NOISE ** 2 / 2, 3.0  # Langevin step; pixels are clipped to +-BOX
+AT_WALL, WIDEST_GAP = 0.05, 3000.0  # share of clipped pixels, mean of 100 gaps that count as divergence
+RANK, PRIOR = 128, 0.02  # directions whose covariance the base knows; the share of its diagonal in it
 SCALE = EPS / NOISE ** 2  # of the net
-RANK = 128               # directions whose covariance the base knows
-PRIOR = 0.02             # share of its diagonal in each covariance
-WIDTHS = (12, 36, 72, 144) + (144,) * int(math.log2(SIDE // 32))  # channels of the net at SIDE, SIDE/2 ... 4 pixels
-HIDDEN = 256             # units after the last
-LR, WARMUP = 1.6e-3, 50  # of AdamW; rises in WARMUP steps, then falls to 0 by a cosine
+LR, WARMUP = 3e-3 if SIDE == 32 else 1.6e-3, 50  # of AdamW; rises in WARMUP steps, then falls to 0 by a cosine
 BETAS, DECAY = (0.0, 0.99), 0.8  # decay of the weights, times LR, per step
 EMA_DECAY = 0.995        # of the weights, per step
-SCORES = 10              # times that the weights are scored in STEPS
-SCORED = 100             # sources translated each time
-VALIDATION = 20          # every 20th target is held out for it
-PATIENCE = 4             # scores without a better one, after which the training ends
+SCORES, SCORED = 9, 100  # times that the weights are scored, on so many translations
+VALIDATION, PATIENCE = 20, 4  # every 20th target is held out for that; the training ends so many scores after the best
+TRIES = 4                # of a training that runs off, each at half the rate
 COLLAPSED = 0.7          # spread of the translations over that of real images; below, the log warns
-TRIES = 4                # of a training that runs off, each at half the rate, before it ends with what it has
+TRANSLATIONS, SHOWN = 2, 8  # of each test image; rows of the figure
 EARLY = 0.1, 0.3         # parts of STEPS after which the figure's sources are translated too
-TRANSLATIONS = 2         # of each test image
-SHOWN = 8                # rows of the figure
 if args.smoke:
     STEPS, BATCH, N_LANGEVIN, GROUPS, LIFE, YOUNG, RANK, WIDTHS, HIDDEN = 12, 8, 2, 2, 4, 1, 8, (4, 4, 8, 8), 8
-    SCORES, SCORED, TRANSLATIONS, SHOWN = 3, 4, 2, 3
-CURVES = "energy", "detail", "nearest", "sharp", "spread"  # drawn
+    SCORES, SCORED, SHOWN = 3, 4, 3
+CURVES = "energy", "detail", "nearest", "sharp", "spread"  # in the log and drawn
 LOG_EVERY, SCORE_EVERY = max(1, STEPS // 60), max(1, STEPS // SCORES)
-RESTARTS = BATCH // LIFE  # chains of a batch that start afresh at each visit
-SAMPLE_STEPS = LIFE * N_LANGEVIN  # of a translation: it does what a chain does in training
 
 
 # ---------------------------------------------------------------------------------------------- data
@@ -100,12 +91,11 @@ def make_up(folder, n, disc, seed):
     """Fill a folder with n made-up images: squares, or discs, of random place, size and colour, on white."""
     make_folder(folder)
     draws = torch.rand(n, 6, generator=torch.Generator().manual_seed(seed)).tolist()
-    for k, (size, left, top, *colour) in enumerate(draws):
-        size = 40 + 32 * size
-        left, top = (8 + (112 - size) * at for at in (left, top))
-        picture = Image.new("RGB", (128, 128), "white")
+    for k, (size, *corner, red, green, blue) in enumerate(draws):
+        size, picture = 40 + 32 * size, Image.new("RGB", (128, 128), "white")
+        corner = [8 + (112 - size) * at for at in corner]
         draw = getattr(ImageDraw.Draw(picture), "ellipse" if disc else "rectangle")
-        draw((left, top, left + size, top + size), tuple(round(200 * c) for c in colour))
+        draw([*corner, *(at + size for at in corner)], tuple(round(200 * c) for c in (red, green, blue)))
         picture.save(os.path.join(folder, f"{k:02d}.png"))
 
 
@@ -117,28 +107,25 @@ if args.translate:  # read now: what is wrong must show before the training
     new_names, new_folder = images.find(args.translate), images.out_folder(args.translate)
     new = images.read(args.translate, new_names, SIDE, args.background) / 127.5 - 1
 x, y, test_x, test_real = (s.to(device) for s in images.read_pair(args.folders, SIDE, args.background))
-if args.swap:
-    x, y, test_x, test_real = y, x, test_real, test_x
+x, y, test_x, test_real = (y, x, test_real, test_x) if args.swap else (x, y, test_x, test_real)
 valid, y = y[::VALIDATION], y[torch.arange(len(y), device=device) % VALIDATION > 0]
-IMAGES = hashlib.sha256(b"".join(s.cpu().numpy().tobytes() for s in (x, y))).hexdigest()[:16]  # resumed with these only
+IMAGES = hashlib.sha256(repr([s.sum((2, 3), dtype=torch.float64).tolist() for s in (x, y)]).encode()).hexdigest()[:16]
 CHANNELS, RANK = x.shape[1], min(RANK, (len(x) + len(y)) // 2)
-CONSTANTS = constants_of(globals())
-name = "_to_".join(os.path.basename(os.path.abspath(folder)) for folder in args.folders) + "_swapped" * args.swap
-name = os.path.join(args.out, f"images_{name}_{SIDE}_eps{EPS:g}_seed{SEED}_{IMAGES[:4]}")
+CONSTANTS = constants_of(globals())  # a run is resumed with the same images only
+title = "_to_".join(os.path.basename(os.path.abspath(folder)) for folder in args.folders) + "_swapped" * args.swap
+name = os.path.join(args.out, f"images_{title}_{SIDE}_eps{EPS:g}_seed{SEED}_{IMAGES[:4]}")
 
 
 # ---------------------------------------------------------------------------------------------- potential
 
 class Base(nn.Module):
     """The entropic plan between Gaussians with the means and covariances of both sets: full in the RANK main directions
-    of both, isotropic outside them.  V: those directions, turned so that S is diagonal; with the mean of all images
-    taken off, p is what is along V, o what is not:
+    V of both, which are turned so that S is diagonal, isotropic outside.  With the mean of all images taken off, p is
+    what is along V, o what is not.  NOISE^2 is added to the variances of y, 0.01^2 to those of x; no variance EPS S is
+    below ETA/2, or Langevin steps would run away.
 
         f(y) = |y|^2/2 - sum (p - r)^2/(2 S) - |o - r_o|^2/(2 S_o)
-        pi_f(.|x) = N(r + S p_x, EPS S) along V, N(r_o + S_o o_x, EPS S_o) outside
-
-    NOISE^2 is added to the variances of y, 0.01^2 to those of x.  No variance EPS S is below ETA/2, or Langevin steps
-    would run away."""
+        pi_f(.|x) = N(r + S p_x, EPS S) along V, N(r_o + S_o o_x, EPS S_o) outside"""
 
     def __init__(self, x, y):
         super().__init__()
@@ -182,143 +169,130 @@ class Base(nn.Module):
         return (self.mean + p @ self.V.T + o).view_as(x)
 
 
-class Potential(nn.Module):
+def potential(net):
     """f = base + SCALE net: (B, C, H, W) -> (B,)."""
-
-    def __init__(self, base):
-        super().__init__()
-        self.base, self.net = base, images.Pyramid(SIDE, CHANNELS, WIDTHS, HIDDEN)
-
-    def forward(self, y):
-        return self.base(y) + SCALE * self.net(y).squeeze(1)
+    return lambda y: base(y) + SCALE * net(y).squeeze(1)
 
 
-# ---------------------------------------------------------------------------------------------- sampler and scores
+# ---------------------------------------------------------------------------------------------- chains and scores
 
 def spread_order(points):
-    """Row numbers of points (n, D) such that every stretch of rows lies together: halved at the median of each
-    coordinate in turn.  A row from each of BATCH stretches makes a batch that is like the data, not by chance."""
-    cells = [torch.arange(len(points), device=points.device)]
-    for values in points.T:
-        cells = [half for cell in cells for half in cell[values[cell].argsort(stable=True)].tensor_split(2)]
-    return torch.cat(cells)
+    """Row numbers of points (n, D), halved at the median of each coordinate in turn: one row from each of BATCH
+    stretches then makes a batch that is like the data, not by chance."""
+    if not points.shape[1]:
+        return torch.arange(len(points), device=points.device)
+    halves = points[:, 0].argsort(stable=True).tensor_split(2)
+    return torch.cat([half[spread_order(points[half, 1:])] for half in halves])
 
 
 def newborn(first, n):
     """Sources and first y of n chains, numbered from `first` on; consecutive ones have sources far apart."""
-    part = 0.6180339887 * torch.arange(first, first + n, dtype=torch.float64, device=device) % 1
-    rows = (part * len(x)).long()
+    rows = (0.6180339887 * torch.arange(first, first + n, dtype=torch.float64, device=device) % 1 * len(x)).long()
     return x[rows], base.draw(x[rows])
 
 
 def translated(f, x, n):
-    """n translations of each x; the same ones at each call."""
+    """n translations of each x, as long as chains live in training; the same ones at each call."""
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
-        return images.translate(f, base.draw, x, n, EPS, NOISE, ETA, SAMPLE_STEPS, BOX)
+        return images.translate(f, base.draw, x, n, EPS, NOISE, ETA, LIFE * N_LANGEVIN, BOX)
 
 
-def score(f, x, n, real):
-    scores = images.translation_scores(x, translated(f, x, n), real, y)
+def score(f):
+    """-> the CURVES of some training sources' translations, against targets held out."""
+    some = x[::max(1, len(x) // SCORED)]
+    scores = images.translation_scores(some, translated(f, some, 1), valid, y)
     if scores["spread"] < COLLAPSED:
         print(f"warning: the translations are only {scores['spread']:.2f} times as varied as real images: a collapse")
-    return scores
+    return torch.tensor([scores[what] for what in CURVES], device=device)
 
 
 # ---------------------------------------------------------------------------------------------- training
 
 base = Base(x, y).requires_grad_(False)
-x, y = (s[spread_order(base.parts(s)[0][:, :8])] for s in (x, y))
-f, f_avg, best = (Potential(base).to(device) for _ in range(3))
-for net in (f_avg, best):
-    net.requires_grad_(False).load_state_dict(f.state_dict())
-opt = torch.optim.AdamW(f.net.parameters(), lr=LR, betas=BETAS, weight_decay=DECAY, fused=True)
-few = x[::max(1, len(x) // SCORED)]
-shown = test_x[::math.ceil(len(test_x) / SHOWN)]
-zero = torch.zeros(())
+x, y = (s[spread_order(base.parts(s)[0][:, -8:])] for s in (x, y))
+net, net_avg, best = (images.Pyramid(SIDE, CHANNELS, WIDTHS, HIDDEN).to(device) for _ in range(3))
+for other in (net_avg, best):
+    other.requires_grad_(False).load_state_dict(net.state_dict())
+f = potential(net)
+opt = torch.optim.AdamW(net.parameters(), lr=LR, betas=BETAS, weight_decay=DECAY, fused=True)
+zero, shown = torch.zeros((), device=device), test_x[::math.ceil(len(test_x) / SHOWN)]
 bank = common.Bank(*newborn(0, GROUPS * BATCH), gap=zero, rate=zero + 1, ended=zero, best_step=zero,
                    scores=torch.full((SCORES + 2, len(CURVES)), math.inf), early=torch.stack([shown, shown])).to(device)
+bank.scores[0] = score(base)
 print(f"{len(x)} sources, {len(y)} targets and {len(valid)} to choose by, {len(test_x)} and {len(test_real)} to test, "
       f"{CHANNELS} x {SIDE} x {SIDE}")
 
-run = Run(args, f"{name}.pt", {"f": f, "f_avg": f_avg, "best": best, "opt": opt, "bank": bank}, STEPS, LOG_EVERY,
-          CONSTANTS)
-if bank.ended:
-    run.steps = run.step
-if run.step == 0:
-    bank.scores[0] = torch.tensor([score(base, few, 1, valid)[what] for what in CURVES])
+parts = {"base": base, "net": net, "net_avg": net_avg, "best": best, "opt": opt, "bank": bank}
+run = Run(args, f"{name}.pt", parts, STEPS, LOG_EVERY, CONSTANTS)
+run.steps = run.step if bank.ended else STEPS
 for step in run:
     opt.param_groups[0]["lr"] = bank.rate.item() * common.warm_cosine(LR, step, WARMUP, STEPS)
     visit, group = divmod(step, GROUPS)
     rows = slice(group * BATCH, (group + 1) * BATCH)
-    age = (visit - torch.arange(BATCH, device=device) // RESTARTS) % LIFE
     x_now, y_now = bank.x[rows], bank.y[rows]  # views
-    x_now[age == 0], y_now[age == 0] = newborn(GROUPS * BATCH + step * RESTARTS, RESTARTS)
+    age = (visit - torch.arange(BATCH, device=device) * LIFE // BATCH) % LIFE
+    x_now[age == 0], y_now[age == 0] = newborn(GROUPS * BATCH + step * BATCH // LIFE, BATCH // LIFE)
     y_now[:] = images.walk(f, x_now, y_now, EPS, ETA, N_LANGEVIN, BOX)
     y_pos = y[common.stratified_rows(len(y), BATCH, device)]
     gap = common.train_step(f, opt, y_pos + NOISE * torch.randn_like(y_pos), y_now[age >= YOUNG])
     bank.gap += 0.01 * (gap - bank.gap)
-    common.update_ema(f_avg, f, EMA_DECAY, step)
+    common.update_ema(net_avg, net, EMA_DECAY, step)
     at_wall = (y_now.abs() == BOX).float().mean()
     if not (bank.gap.abs() < WIDEST_GAP and at_wall < AT_WALL):  # nan too
         bank.rate /= 2
         print(f"warning: the training ran off at step {step}: back to the best weights, the rate times {bank.rate:g}")
-        for net in (f, f_avg):
-            net.load_state_dict(best.state_dict())
+        for other in (net, net_avg):
+            other.load_state_dict(best.state_dict())
         opt.state.clear()
         bank.x[:], bank.y[:] = newborn(step, len(bank.x))
         bank.gap, at_wall = 0 * bank.rate, 0 * at_wall
         bank.ended += bank.rate < 0.5 ** TRIES
     if step % SCORE_EVERY == 0 or step == STEPS:
         k = -(-step // SCORE_EVERY)
-        scores = score(f_avg, few, 1, valid)
-        bank.scores[k] = torch.tensor([scores[what] for what in CURVES])
+        bank.scores[k] = score(potential(net_avg))
         energy, detail, nearest = bank.scores[:k + 1, :3].T
-        order = (energy + detail + 0.1 * (nearest - 1).abs()).argsort()
+        order = (energy + detail + 0.1 * (nearest - 1).abs()).argsort(stable=True)
         if order[0] == k:
-            best.load_state_dict(f_avg.state_dict())
+            best.load_state_dict(net_avg.state_dict())
             bank.best_step.fill_(step)
         bank.ended += k - order[0] >= PATIENCE
-    for k, part in enumerate(EARLY):
-        if step == round(part * STEPS):
-            bank.early[k] = translated(f_avg, shown, 1)[:, 0]
-    if bank.ended:
-        run.steps = step
+    if step in (marks := [round(part * STEPS) for part in EARLY]):
+        bank.early[marks.index(step)] = translated(potential(net_avg), shown, 1)[:, 0]
+    run.steps = step if bank.ended else STEPS
     if run.due():
         run.log({}, gap=bank.gap, at_wall=at_wall, cost=common.quadratic_cost(bank.x, bank.y).mean(),
                 square=bank.y.square().mean(), real_square=y.square().mean() + NOISE ** 2,
-                max_param=common.max_param(f.net), **dict(zip(CURVES, bank.scores[step // SCORE_EVERY])))
+                max_param=common.max_param(net), **dict(zip(CURVES, bank.scores[step // SCORE_EVERY])))
 
 # ---------------------------------------------------------------------------------------------- results
 
-def words(scores):
-    return " ".join(f"{k} {v:.4g}" for k, v in scores.items())
+def report(what, x, y_made):
+    """Print the scores of translations of test sources."""
+    print(what, " ".join(f"{k} {v:.4g}" for k, v in images.translation_scores(x, y_made, test_real, y).items()))
 
 
-z = translated(best, test_x, TRANSLATIONS)
-scores = images.translation_scores(test_x, z, test_real, y)
+f = potential(best)
+z = translated(f, test_x, TRANSLATIONS)
 images.save_pairs(f"{name}_pairs.pt", test_x, z)
 images.save_pairs(f"{name}_real.pt", test_x, test_real[:, None])
 pool = y[common.stratified_rows(len(y), len(test_x), device)]
 rows, columns = linear_sum_assignment(torch.cdist(test_x.flatten(1), pool.flatten(1)).square().cpu().numpy())
-for what, some, control in (("base", test_x, translated(base, test_x, 1)),
-                            ("retrieval", test_x[rows], pool[columns][:, None])):
-    print(f"control {what} {words(images.translation_scores(some, control, test_real, y))}")
+report("control base", test_x, translated(base, test_x, 1))
+report("control retrieval", test_x[rows], pool[columns][:, None])
+if args.translate:
+    new = (new.mean(1, keepdim=True) if CHANNELS == 1 else new).to(device)
+    images.write_folder(new_folder, new_names, translated(f, new, args.copies or 1))
 
-ones = translated(best, shown, 4)
-nearest = y[torch.cdist(ones[:, 0].flatten(1), y.flatten(1)).argmin(1)]
-title = (f"{' to '.join(map(os.path.basename, args.folders))}, eps = {EPS:g}: energy {scores['energy']:.3f}, detail "
-         f"{scores['detail']:.3f}, nearest {scores['nearest']:.2f}, {run.step} steps, {run.seconds:.0f} s")
-images.save_panels(f"{name}.png", title, (shown, 1, "source"), (translated(base, shown, 1)[:, 0], 1, "base"),
-                   *((early, 1, f"at {100 * part:.0f} %") for early, part in zip(bank.early, EARLY)),
-                   (ones.flatten(0, 1), 4, "four translations"), (nearest, 1, "nearest\nto the first"),
-                   (test_real[:len(shown)], 1, "real"))
+four, columns = translated(f, shown, 4), {"source": shown, "base": translated(base, shown, 1)[:, 0]}
+columns |= {f"at {100 * part:.0f} %": early for part, early in zip(EARLY, bank.early)}
+columns |= {"four translations": four.flatten(0, 1), "real": test_real[:len(shown)],
+            "nearest\nto the first": y[torch.cdist(four[:, 0].flatten(1), y.flatten(1)).argmin(1)]}
+images.save_panels(f"{name}.png", f"{os.path.basename(name)}, {run.step} steps, {run.seconds:.0f} s",
+                   *((column, len(column) // len(shown), what) for what, column in columns.items()))
 done = bank.scores[:, 0].isfinite().cpu()
 steps = (torch.arange(len(done)) * SCORE_EVERY).clamp(max=run.step)
 images.save_curves(f"{name}_curves.png", steps[done], dict(zip(CURVES, bank.scores.cpu()[done].T)))
-if args.translate:
-    new = (new.mean(1, keepdim=True) if CHANNELS == 1 else new).to(device)
-    images.write_folder(new_folder, new_names, translated(best, new, args.copies))
 print(f"wrote {name}.pt, .png, _curves.png, _pairs.pt, _real.pt")
-print(f"final eps {EPS:g} {words(scores)} steps {run.step} best_step {bank.best_step.item():.0f} "
-      f"train_s {run.seconds:.1f} total_s {time.perf_counter() - start_time:.1f}")
+report(f"final eps {EPS:g} steps {run.step} best_step {bank.best_step.item():.0f} train_s {run.seconds:.1f} "
+       f"total_s {time.perf_counter() - start_time:.1f}", test_x, z)

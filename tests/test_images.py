@@ -166,12 +166,12 @@ def fill(folder, n, mode="RGB", first=0):
         Image.new(mode, (9, 9), 3 * (k + first) if mode == "L" else (3 * (k + first), 0, 9)).save(folder / f"{k:03d}.png")
 
 
-def test_pairs_of_folders(tmp_path, capsys):
-    for part, n in (("trainA", 12), ("trainB", 13), ("testA", 2), ("testB", 3)):
+def test_pairs_of_folders(tmp_path, capsys, monkeypatch):
+    for part, n in (("trainA", 12), ("trainB", 30), ("testA", 2), ("testB", 3)):
         fill(tmp_path / "d" / part, n)
     parts = images.read_pair([tmp_path / "d"], 4)
-    assert [len(p) for p in parts] == [12, 13, 2, 3] and parts[0].shape[1:] == (3, 4, 4)
-    assert torch.equal(parts[1][:, 0, 0, 0], torch.arange(13) * 3 / 127.5 - 1)
+    assert [len(p) for p in parts] == [12, 30, 2, 3] and parts[0].shape[1:] == (3, 4, 4)
+    assert torch.equal(parts[1][:, 0, 0, 0], torch.arange(30) * 3 / 127.5 - 1)
     fill(tmp_path / "A", 30, "L")
     fill(tmp_path / "B", 20, "L", first=40)
     capsys.readouterr()
@@ -182,6 +182,10 @@ def test_pairs_of_folders(tmp_path, capsys):
     assert "only 27 images" in said and "only 18 images" in said
     refused(capsys, ["are the same"], images.read_pair, [tmp_path / "A", tmp_path / "A" / ".." / "A"], 4)
     refused(capsys, ["no folders trainA and trainB"], images.read_pair, [tmp_path / "A"], 4)
+    monkeypatch.setattr(images, "MEMORY", 12 * 4 ** 2 * 15)  # 15 images
+    assert [len(p) for p in images.read_pair([tmp_path / "d"], 4)] == [12, 15, 2, 3]
+    assert "of 30 images 15 are used" in capsys.readouterr().out
+    monkeypatch.undo()
     fill(tmp_path / "C", 9)
     refused(capsys, ["C leaves 8 images"], images.read_pair, [tmp_path / "C", tmp_path / "A"], 4)
 
@@ -232,13 +236,14 @@ def test_walk_is_exact_for_gaussians_and_stays_in_the_box():
     assert y.abs().max() == 3.0
 
 
-def test_tweedies_step_is_the_posterior_mean():
+def test_translations_end_with_the_mean_under_the_noise():
     """x given, y0 ~ N(m, v), y = y0 + noise: E[y0|y] = m + v/(v + noise^2) (y - m)."""
     eps, noise, v, m = 0.1, 0.3, 0.05, 0.2
     S = (v + noise ** 2) / eps  # pi(.|x) = N(m, eps S)
     f = lambda y: (y.square() / 2 - (y - m).square() / (2 * S)).flatten(1).sum(1)
     x, y = torch.zeros(5, 1, 3, 3), m + 0.3 * torch.randn(5, 1, 3, 3)
-    assert torch.allclose(images.denoised(f, x, y, eps, noise), m + v / (v + noise ** 2) * (y - m), atol=1e-5)
+    made = images.translate(f, lambda x: y, x, 1, eps, noise, eta=0.0, steps=0, box=9.0)[:, 0]
+    assert torch.allclose(made, m + v / (v + noise ** 2) * (y - m), atol=1e-5)
 
 
 def test_translate_gives_each_source_its_own_translations():

@@ -11,7 +11,7 @@ from PIL import Image
 
 import common
 import digits
-from conftest import HERE, final, here, refuses, smoke, whole
+from conftest import HERE, final, here, refuses, smoke, whole, written
 
 NAME = "cmnist_eps0.1_seed0_smoke"
 
@@ -184,7 +184,7 @@ def test_translates_a_folder(tmp_path):
 def test_what_a_run_scores_and_writes(cmnist):
     folder, output, values = whole(NAME)
     endings = (".pt", ".png", "_pairs.pt", "_control_base.pt", "_control_nearest.pt")
-    assert {p.name for p in folder.iterdir() if p.suffix != ".lock"} == {NAME + end for end in endings}
+    assert written(folder) == {NAME + end for end in endings}
     scores, (x, y) = final(output), torch.load(folder / f"{NAME}_pairs.pt", weights_only=True).values()
     assert x.shape == (6, 3, 32, 32) and y.shape == (6, values["TRANSLATIONS"], 3, 32, 32) and y.abs().max() <= 1
     painted = torch.load(folder / f"{NAME}_control_nearest.pt", weights_only=True)["y"]  # a 3 of the training set

@@ -205,13 +205,14 @@ def looks(y):
 def test_squares_become_discs_in_their_place_and_colour(tmp_path, whole):
     for k, (part, n) in enumerate((("trainA", 200), ("trainB", 200), ("testA", 20), ("testB", 20))):
         whole.values["make_up"](str(tmp_path / "shapes" / part), n, k % 2, k)
-    script = edited(tmp_path, STEPS=30, WIDTHS=(4, 8, 8, 8), HIDDEN=8, BATCH=32, SCORES=1, SCORED=20, RANK=64)
+    script = edited(tmp_path, STEPS=20, WIDTHS=(4, 8, 8, 8), HIDDEN=8, BATCH=16, SCORES=1, SCORED=20, RANK=64)
     _, v = here(script, "--device", "cpu", "--out", tmp_path, tmp_path / "shapes")
     centre, colour, area = looks(v["test_x"])
     for copy in v["z"].unbind(1):
         new_centre, new_colour, new_area = looks(copy)
-        print((new_centre - centre).norm(dim=1).mean(), (new_colour - colour).abs().mean(), (new_area / area).mean())
-    assert 0
+        assert (new_centre - centre).norm(dim=1).mean() < 0.7  # pixels; of unrelated shapes 8
+        assert (new_colour - colour).abs().mean() < 0.2  # of unrelated shapes 0.5
+        assert 0.75 < (new_area / area).mean() < 0.95  # of a disc in a square pi/4
 
 
 def test_bad_folders_are_one_sentence(tmp_path):

@@ -1,11 +1,14 @@
 """train_not.py: the losses and the inverse against closed forms, the scores by hand, a divergence."""
 import math
+import os
 
 import pytest
 import torch
+from PIL import Image
 
 import common
-from conftest import checkpoint, final, here, refuses, smoke, whole
+import images
+from conftest import checkpoint, final, here, refuses, smoke, whole, written
 from run import Run
 
 
@@ -41,9 +44,49 @@ def test_not_diverging_is_said_and_the_good_checkpoint_kept(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("bad", [["--cost", "x"], ["--convex", "-1"], ["--convex", "nan"], ["--convex", "inf"],
-                                 ["--convex", "1e300"], ["--convex", "much"], ["--data-set", "mnist"], ["--eps", "1"]])
+                                 ["--convex", "1e300"], ["--convex", "much"], ["--data-set", "mnist"], ["--eps", "1"],
+                                 ["--data-set", "moons", "roll"], ["--data-set", ".", ".", "."], ["--data", "."],
+                                 ["--side", "64"], ["--data", ".", "--data-set", "."], ["--side", "33"]])
 def test_not_bad_command_lines(bad, tmp_path):
     refuses(here("train_not.py", "--out", tmp_path, *bad, code=2)[0], "unrecognized" if bad[0] == "--eps" else bad[0])
+
+
+def folders(tmp_path, varied=True):
+    """A and B: 40 and 30 images of 40 x 32 pixels, each a colour over black; without `varied` those of A are alike."""
+    torch.manual_seed(0)
+    for name, n in (("A", 40), ("B", 30)):
+        (tmp_path / name).mkdir()
+        colours = torch.randint(256, (n if varied or name == "B" else 1, 1, 1, 3), dtype=torch.uint8)
+        for k, pixels in enumerate(colours.repeat(n // len(colours), 32, 40, 1).numpy()):
+            pixels[16:] = 0
+            Image.fromarray(pixels).save(tmp_path / name / f"{k}.png")
+    return tmp_path / "A", tmp_path / "B"
+
+
+def test_folders_of_images(tmp_path):
+    options = "train_not.py", "--smoke", "--out", tmp_path / "out", "--data-set", *folders(tmp_path)
+    output, values = here(*options)
+    scores, name = final(output), values["name"]
+    assert os.path.basename(name).startswith("not_A_to_B_32_") and name.endswith("_strong_convex1_seed0_smoke")
+    assert {f"{name}{end}" for end in (".pt", ".png", "_curves.png", "_pairs.pt")} == {
+        str(tmp_path / "out" / file) for file in written(tmp_path / "out")}
+    assert [len(values[part]) for part in ("sources", "targets", "test_x", "test_real")] == [36, 27, 4, 3]
+    assert scores["energy"] == pytest.approx(1, abs=0.05)  # twelve steps from the identity
+    x, y = torch.load(f"{name}_pairs.pt", weights_only=True).values()
+    expected = images.translation_scores(x, y, values["test_real"], values["targets"])
+    assert all(scores[k] == pytest.approx(v, rel=1e-3, abs=1e-6) for k, v in expected.items())
+    history = checkpoint(tmp_path / "out", os.path.basename(name))["history"]
+    assert history["step"] == list(range(1, 13)) and set(values["CURVES"]) - {"map_ratio", "hue_err"} < set(history)
+    early = values["early"].y  # of steps 1 and 4: the same test sources, moved a little
+    assert 0 < (early[1] - values["shown"]).abs().max() < 0.1 and not torch.equal(*early)
+    refuses(here(*options[:-1], tmp_path / "A", code=2)[0], "same")
+
+
+def test_a_collapse_is_said_and_ends_the_run(tmp_path):
+    """Sources that are all alike are mapped to images that are all alike."""
+    options = "--smoke", "--out", tmp_path / "out", "--data-set", *folders(tmp_path, varied=False)
+    refuses(here("train_not.py", *options, code=2)[0], "diverged", "collapse", "step 1")
+    assert not [name for name in written(tmp_path / "out") if name.endswith(".pt")]
 
 
 def test_two_moons_have_their_moments(toy_globals):
@@ -185,8 +228,7 @@ def test_what_a_run_scores_and_writes(name):
     scores, digits, weak = final(output), "cmnist" in name, "weak" in name
     assert scores["steps"] == 12 and {"convex", "jensen", "violated", "params", "train_s"} < set(scores)
     assert ("round_trip" in scores) != weak and ("inv_ratio" in scores) == (not digits and not weak)
-    assert {p.name for p in folder.iterdir() if p.suffix != ".lock"} == {
-        name + end for end in (".pt", ".png", "_pairs.pt")[:3 if digits else 2]}
+    assert written(folder) == {name + end for end in (".pt", ".png", "_curves.png", "_pairs.pt")[:4 if digits else 3]}
     if digits:
         x, y = torch.load(folder / f"{name}_pairs.pt", weights_only=True).values()
         assert x.shape == (6, 3, 32, 32) and y.shape == (6, 4 if weak else 1, 3, 32, 32) and y.abs().max() <= 1

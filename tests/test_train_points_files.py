@@ -16,7 +16,8 @@ from conftest import final, here, refuses, written
 N, NAMES = 60, ["a", "b", "c"]
 rng = np.random.default_rng(0)
 ROWS = rng.normal(size=(N, 3)).round(4)
-KEYS = [f"AAC{k}-1" for k in rng.permutation(N)]  # row names in no order
+MIXED = [str(k) for k in rng.permutation(N)]  # row names in no order
+KEYS = [f"AAC{k}-1" for k in MIXED]
 
 
 def door(*options, code=0):
@@ -59,7 +60,8 @@ EXPORTS = {  # what wrote it: text, names of the columns, whether a first column
     "pandas to_csv of an array": (table(header=["", "0", "1", "2"], index=COUNTED), None, True),
     "pandas to_csv of an array, index=False": (table(header=["0", "1", "2"]), None, False),
     "pandas to_csv, header=False": (table(header=None, index=COUNTED), None, True),
-    "pandas to_csv, read and written again": (table(header=["Unnamed: 0", *NAMES], index=KEYS), NAMES, True),
+    "pandas to_csv, read, shuffled, written again": (table(header=["Unnamed: 0", *NAMES], index=MIXED), NAMES, True),
+    "pandas to_csv of a shuffled table": (table(header=["", *NAMES], index=MIXED), NAMES, True),
     "pandas to_csv of cells": (table(header=["", *NAMES], index=KEYS), NAMES, True),
     "pandas reset_index": (table(header=["id", *NAMES], index=[str(400 + k) for k in range(N)]), NAMES, True),
     "barcodes with a name": (table(header=["barcode", *NAMES], index=KEYS), NAMES, True),
@@ -130,6 +132,9 @@ def test_columns_are_matched_by_name(folder):
     for header, word in ((["a", "b", "d"], "c, d"), (["a", "b", "b"], "c")):
         (folder / "Y.csv").write_text(table(header=header))
         refuses(door("X.csv", "Y.csv", code=2)[0], "Y.csv", word)
+    (folder / "Y.csv").write_text(table(header=["b", "a", "b"]))
+    (folder / "T.csv").write_text(table(header=["a", "b", "b"]))
+    refuses(door("T.csv", "Y.csv", code=2)[0], "differ in b")
     (folder / "Y.csv").write_text(table(header=[*NAMES, "label"], rows=np.column_stack([ROWS, KEYS and ROWS[:, 0]])))
     refuses(door("X.csv", "Y.csv", code=2)[0], "Y.csv and X must have the same columns", "4 and 3", "label")
 
@@ -148,6 +153,7 @@ BAD_TEXT = {  # what is wrong: text, words of the sentence
     "damaged first line": ("0.5,O.5,1\n" + table(header=None), ["line 1", "column 2", "'O.5'", "header"]),
     "a class label": (table(header=[*NAMES, "kind"], rows=np.column_stack([ROWS.astype(str), N * ["setosa"]])),
                       ["line 2", "column 4", "'setosa'"]),
+    "a class label first": (table(header=["kind", *NAMES], index=N * ["setosa"]), ["line 2", "column 1", "'setosa'"]),
     "text": (table().replace(str(ROWS[3, 1]), "x1"), ["line 5", "column 2", "'x1'"]),
     "ragged": (table() + "1,2\n", ["line 62", "2 columns", "3"]),  # a file cut short in its last line
     "header too long": (table(header=[*NAMES, "d", "e"]), ["line 2", "3 columns", "5"]),
@@ -234,12 +240,12 @@ BAD = {  # what is wrong: file, how it is written, words
     "a pipe": ("B.npy", os.mkfifo, ["no file"]),
     "two arrays": ("B.npz", lambda path: np.savez(path, u=ROWS, v=ROWS), ["u, v", "B.npz:u"]),
     "no such array": ("B.npz:w", lambda path: np.savez("B.npz", u=ROWS, v=ROWS), ["u, v", "B.npz:u"]),
-    "sparse .npz": ("B.npz", sparse_npz, ["sparse"]),
+    "sparse .npz": ("B.npz", sparse_npz, ["is sparse"]),
     "no archive": ("B.npz", written_as("no"), []),
     "complex tensor": ("B.pt", saved(torch.zeros(60, 3, dtype=torch.complex64)), []),
     "a list": ("B.pt", saved([1, 2]), []),
     "two tensors": ("B.pt", saved({"u": 1, "v": 2}), ["u, v", "B.pt:u"]),
-    "sparse tensor": ("B.pt", saved(torch.eye(60)[:, :3].to_sparse()), ["sparse"]),
+    "sparse tensor": ("B.pt", saved(torch.eye(60)[:, :3].to_sparse()), ["is sparse"]),
     "a model": ("B.pt", saved(torch.nn.Linear(2, 2)), []),
     "a view": ("B.pt", saved(torch.zeros(1, 3).expand(10 ** 11, 3)), ["GiB of memory"]),
     "file of holes": ("B.npy", huge_npy, ["GiB of memory"]),
@@ -276,12 +282,16 @@ def test_what_the_advice_writes_is_read(folder):
 
 
 def test_what_unpacks_beyond_the_memory_is_refused(folder, monkeypatch):
-    """On a machine of 90 000 bytes: 10 000 rows of zeros, in kilobytes of .npz, .gz and .pt."""
+    """On a machine of 90 000 bytes: 10 000 rows of zeros, in kilobytes of .npz, .gz and .pt, of which the first two are
+    damaged, so that they could not be unpacked to the end."""
     monkeypatch.setattr(os, "sysconf", lambda name: 300)
     zeros = np.zeros((10_000, 3))
     np.savez_compressed("B.npz", X=zeros)
     np.savetxt("B.csv.gz", zeros, "%.0f", ",")
     torch.save(torch.zeros(1, 3).expand(10_000, 3), "B.pt")
+    text = pathlib.Path("B.npz").read_bytes()
+    pathlib.Path("B.npz").write_bytes(text[:150] + bytes(50) + text[200:])
+    os.truncate("B.csv.gz", os.path.getsize("B.csv.gz") - 30)
     assert "mean cost" in door("X.npy", "Y.npy")[0]
     for path in ("B.npz", "B.csv.gz", "B.pt"):
         assert os.path.getsize(path) < 5000
@@ -295,6 +305,8 @@ def test_a_column_or_a_row_that_carries_the_cost_is_named(folder):
     rows = np.random.default_rng(1).standard_t(3, size=(5000, 3))
     np.save("H.npy", rows)  # heavy tails are none
     assert "warning" not in door("H.npy", "Y.npy")[0]
+    np.save("L.npy", rows * [3, 1, 1])  # 82 % in one column
+    assert "warning" not in door("L.npy", "L.npy")[0]
     rows[[7, 11], [0, 2]] = -9999
     np.save("H.npy", rows)
     said = door("H.npy", "Y.npy")[0]
