@@ -190,7 +190,7 @@ def test_the_fit_ends_where_the_gradient_is_zero():
     plan.start(x, y, 0.01)
     sizes = []
     for _ in range(12):
-        plan.climb(x, y, 20)
+        list(plan.climb(x, y, 20))
         moves, put, loss = plan.moves()
         loss(x @ plan.R, y @ plan.inverse.T)
         sizes.append(max(move.grad.abs().max().item() for move in moves))
