@@ -8,6 +8,7 @@ import torch
 
 import common
 import mixture
+import truth
 from conftest import checkpoint, final, here, whole
 from test_mixture import cell_like, conditional_1d, mixture_1d
 
@@ -106,7 +107,7 @@ def mean_distance(m, s):
 def test_the_energy_distance_is_unbiased_and_its_error_true(shift, scale):
     torch.manual_seed(0)
     exact = 2 * mean_distance(shift, math.hypot(1, scale)) - mean_distance(0, math.sqrt(2)) * (1 + scale)
-    found = [part("energy_distance")(shift + scale * torch.randn(60, 1), torch.randn(60, 1)) for _ in range(400)]
+    found = [truth.energy_distance(shift + scale * torch.randn(60, 1), torch.randn(60, 1)) for _ in range(400)]
     energy, error, floor = torch.tensor(found).T
     assert energy.mean().item() == pytest.approx(exact, abs=4 * energy.std().item() / 20)
     assert error.mean() == pytest.approx(energy.std().item(), rel=0.5)
@@ -119,13 +120,7 @@ def test_directions_in_which_samples_differ_most():
     a[:, 1] *= 9
     a[:, 2] += 1.0
     a[:, 3] *= 1.3
-    found = part("widest_differences")(a, b) if part("DIM") == 4 else None
-    whole_script = whole(SMOKE)[2]["widest_differences"]
-    whole_script.__globals__["DIM"] = 4
-    try:
-        found = whole_script(a, b)
-    finally:
-        whole_script.__globals__["DIM"] = 2
+    found = part("widest_differences")(a, b)
     assert found[2, 0].abs() > 0.95 * found[:, 0].norm() and found[3, 1].abs() > 0.95 * found[:, 1].norm()
 
 
@@ -229,3 +224,23 @@ def test_hard_data_end_with_a_plan_at_the_floor_or_warned(kind, tmp_path):
     line = final(output)
     assert math.isfinite(line["objective"]) and line["finished"] == 1
     assert line["energy_ratio"] <= 1.5 or line["energy"] < 3 * line["energy_error"] or "warning: eps" in output
+
+
+def test_labels_and_weights(tmp_path):
+    """Two clusters that stay where they are, 1 to 3 in X and 1 to 1 in Y; with X weighted to 1 to 1 no mass moves over."""
+    rng = np.random.default_rng(0)
+    side = {"X": rng.random(3000) < 0.25, "Y": rng.random(2000) < 0.5}
+    sets = {k: np.where(s[:, None], [-5.0, 0], [5.0, 0]) + rng.normal(size=(len(s), 2)) for k, s in side.items()}
+    options = save(tmp_path, **sets) + ["--smoke", "--eps", "0.5"]
+    for key, s in side.items():
+        (tmp_path / f"L{key}.txt").write_text("\n".join(np.where(s, "left", "right")))
+    np.save(tmp_path / "W.npy", np.where(side["X"], 3.0, 1.0))
+    options += ["--labels", tmp_path / "LX.txt", tmp_path / "LY.txt"]
+    for more, stay in ((), 2 / 3), (("--weights", tmp_path / "W.npy"), 1.0):
+        output, values = here("train_points.py", *options, *more)
+        names_x, names_y, plan, discrete = values["tables"][0]
+        assert list(names_x) == list(names_y) == ["left", "right"]
+        for table in (plan, discrete):
+            assert np.allclose(table.sum(1), 1) and np.allclose(table[1], [1 - stay, stay], atol=0.12)
+        assert f"pi,\"right\",{plan[1, 0]:.4f}" in output
+        assert (tmp_path / (os.path.basename(values["name"]) + "_labels.csv")).read_text().count("\n") == 5
