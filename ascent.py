@@ -213,10 +213,10 @@ def k_means(y, k, steps=20):
 
 @torch.no_grad()
 def anneal(x, y, near, epses, say=lambda plan, what, left: None, sizes=SIZES, climbs=CLIMBS, stirs=STIRS):
-    """For each of epses, from the largest down, yields a mixture, or None where rows are too few, and the Gaussian plan.
+    """For each of epses, from the largest, yields a mixture, or None where rows are too few, and the Gaussian plan.
 
-    near = (x, y), rows that choose only.  The number of components is chosen at the mean cost, where a fit costs little:
-    as many as near gains from, beyond two standard errors.  The mixture found is then carried down from stage to stage:
+    near = (x, y), rows that choose only.  The number of components is chosen at the mean cost, where a fit is cheap: as
+    many as near gains from, beyond two standard errors.  The mixture found is then carried down from stage to stage:
     started at a small eps, it would end in a poor optimum."""
     dim, n, few = x.shape[1], min(len(x), len(y)), (x[:FEW], y[:FEW])
     prior, top = dim / n, max((x.var(0).sum() + y.var(0).sum()).item() / 2, max(epses))

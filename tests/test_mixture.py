@@ -1,4 +1,4 @@
-"""mixture.py and ascent.py: closed forms against quadrature, dense matrices, discrete OT; the fit ascends to its end."""
+"""mixture.py, ascent.py: closed forms against quadrature, dense matrices, discrete OT; the fit ascends to its end."""
 import math
 
 import numpy as np
@@ -53,7 +53,8 @@ def mixture_1d(eps=0.5):
     plan = Mixture(1, 3, 1, eps)
     plan.load_state_dict({"log_a": torch.tensor([0.2, 0.5, 0.3]).log(), "r": torch.tensor([[-2.0], [0.5], [2.5]]) / 2,
                           "d": torch.tensor([[0.2], [0.9], [0.1]]) / 4, "R": torch.tensor([[2.0]]),
-                          "U": torch.tensor([0.1, 0.1, 0.5]).sqrt().view(3, 1, 1) / 2, "inverse": torch.tensor([[0.5]])})
+                          "U": torch.tensor([0.1, 0.1, 0.5]).sqrt().view(3, 1, 1) / 2,
+                          "inverse": torch.tensor([[0.5]])})
     return plan
 
 
@@ -115,8 +116,8 @@ def test_the_gradient_at_once_is_that_of_autograd():
     for weights in (plan.of_x(), plan.of_y()):
         one, two = MeanLogSum.apply(z, *weights), forms(z, *weights).logsumexp(1).mean()
         assert one.item() == pytest.approx(two.item(), rel=1e-5)
-        for a, b in zip(*(torch.autograd.grad(value, (plan.U, plan.d, plan.r), retain_graph=True) for value in (one, two))):
-            assert torch.allclose(a, b, atol=1e-4)
+        grads = [torch.autograd.grad(value, (plan.U, plan.d, plan.r), retain_graph=True) for value in (one, two)]
+        assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*grads))
 
 
 # ------------------------------------------------------------------------------------------------ the fit

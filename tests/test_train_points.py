@@ -76,7 +76,8 @@ def test_degenerate_weights_are_not_trusted():
     torch.manual_seed(0)
     trusted, draws = part("TRUSTED"), 16
     assert 1 < trusted < draws  # the effective number is never below 1
-    violent = part("log_z_ratio")(mixture_1d(), lambda y: 1e4 * torch.sin(9 * y[:, 0]), torch.zeros(64, 1), draws, 2, 0.1)
+    x = torch.zeros(64, 1)
+    violent = part("log_z_ratio")(mixture_1d(), lambda y: 1e4 * torch.sin(9 * y[:, 0]), x, draws, 2, 0.1)
     assert violent[1] < trusted
 
 
@@ -150,7 +151,8 @@ def test_a_network_that_diverges_leaves_the_mixture_s_plan(tmp_path, monkeypatch
     assert "diverged: gap is nan at step 4" in output and "mixture" in output and final(output)["finished"] == 1
     at_once = np.load(values["outputs"][-1])
     state = checkpoint(tmp_path, os.path.basename(values["name"]))
-    assert all(torch.isfinite(v).all() for part in ("net", "net_avg", "net_best", "plans") for v in state[part].values())
+    kept = [v for name in ("net", "net_avg", "net_best", "plans") for v in state[name].values()]
+    assert all(torch.isfinite(v).all() for v in kept)
     again, values = here("train_points.py", *options, "--resume")
     assert "diverged" not in again and final(again)["steps"] == 4
     assert np.array_equal(np.load(values["outputs"][-1]), at_once)
@@ -185,7 +187,8 @@ def test_a_gaussian_plan_in_one_dimension(tmp_path):
     rng = np.random.default_rng(1)
     options = save(tmp_path, X=rng.normal(size=(8000, 1)), Y=5 + 2 * rng.normal(size=(8000, 1)),
                    NEW=np.array([[-1.0], [0.0], [2.0]]))
-    output, values = here("train_points.py", *options, "--eps", "0.5", "--map", tmp_path / "NEW.npy", "--per-x", "20000")
+    options += ["--eps", "0.5", "--map", tmp_path / "NEW.npy", "--per-x", "20000"]
+    output, values = here("train_points.py", *options)
     mean, y = (np.load(path) for path in values["outputs"][-2:])
     T = (math.sqrt(4 * 4 + 0.25) - 0.5) / 2  # T^2 + eps T = 4
     assert final(output)["components"] == 1 and final(output)["noise_share"] == pytest.approx(0.5 * T / 4, rel=0.05)
@@ -216,8 +219,8 @@ def robust(kind, n=500, dim=3):
     return x, y
 
 
-@pytest.mark.parametrize("kind", ["Student t", "outliers", "equal rows", "60 rows", "few rows in many columns", "scales",
-                                  "lattice", "uneven"])
+@pytest.mark.parametrize("kind", ["Student t", "outliers", "equal rows", "60 rows", "few rows in many columns",
+                                  "scales", "lattice", "uneven"])
 def test_hard_data_end_with_a_plan_at_the_floor_or_warned(kind, tmp_path):
     x, y = robust(kind)
     output, _ = here("train_points.py", *save(tmp_path, X=x, Y=y))
@@ -227,7 +230,7 @@ def test_hard_data_end_with_a_plan_at_the_floor_or_warned(kind, tmp_path):
 
 
 def test_labels_and_weights(tmp_path):
-    """Two clusters that stay where they are, 1 to 3 in X and 1 to 1 in Y; with X weighted to 1 to 1 no mass moves over."""
+    """Two clusters that stay, 1 to 3 in X and 1 to 1 in Y; with X weighted to 1 to 1 no mass moves over."""
     rng = np.random.default_rng(0)
     side = {"X": rng.random(3000) < 0.25, "Y": rng.random(2000) < 0.5}
     sets = {k: np.where(s[:, None], [-5.0, 0], [5.0, 0]) + rng.normal(size=(len(s), 2)) for k, s in side.items()}
