@@ -26,7 +26,7 @@ KEPT = tempfile.TemporaryDirectory(prefix="smoke_runs_")  # removed as the proce
 # the smoke runs, by the name of their checkpoint: script, options; {out}: the folder of the run, {none}: an absent one
 RUNS = {
     "toy_eps0.1_seed0_smoke": ("train_toy.py",),
-    "points_smoke_eps0.0859_seed0_smoke": ("train_points.py",),
+    "points_smoke_eps0.0897_seed0_smoke": ("train_points.py",),
     "cmnist_eps0.1_seed0_smoke": ("train_cmnist.py", "--data", "{none}"),
     "images_*_seed0_*": ("train_images.py",),  # its name ends with a hash of the images
     "not_moons_strong_convex1_seed0_smoke": ("train_not.py",),
