@@ -73,7 +73,7 @@ LR, WARMUP = 3e-3, 50    # of AdamW; rises in WARMUP steps, then falls to 0 by a
 BETAS, DECAY = (0.0, 0.99), 0.8  # decay of the weights, times LR, per step
 EMA_DECAY = 0.995        # of the weights, per step
 SCORES, SCORED = 9, 100  # times that the weights are scored, on so many translations
-VALIDATION, PATIENCE = 20, 4  # every 20th target is held out for that; the training ends so many scores after the best
+VALIDATION, PATIENCE = 20, 5  # every 20th target is held out for that; the training ends so many scores after the best
 TRIES = 4                # of a training that runs off, each at half the rate
 COLLAPSED = 0.7          # spread of the translations over that of real images; below, the log warns
 TRANSLATIONS, SHOWN = 2, 8  # of each test image; rows of the figure
@@ -252,7 +252,7 @@ for step in run:
         k = -(-step // SCORE_EVERY)
         bank.scores[k] = score(potential(net_avg))
         energy, detail, nearest = bank.scores[:k + 1, :3].T
-        order = (energy + detail + 0.1 * (nearest - 1).abs()).argsort(stable=True)
+        order = (energy.relu() + detail.relu() + 0.1 * (nearest - 1).abs()).argsort(stable=True)  # below 0: noise
         if order[0] == k:
             best.load_state_dict(net_avg.state_dict())
             bank.best_step.fill_(step)
