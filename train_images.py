@@ -108,6 +108,7 @@ if args.translate:  # read now: what is wrong must show before the training
     new = images.read(args.translate, new_names, SIDE, args.background) / 127.5 - 1
 x, y, test_x, test_real = (s.to(device) for s in images.read_pair(args.folders, SIDE, args.background))
 x, y, test_x, test_real = (y, x, test_real, test_x) if args.swap else (x, y, test_x, test_real)
+VALIDATION = min(VALIDATION, len(y) // 3)  # at least three of few images
 valid, y = y[::VALIDATION], y[torch.arange(len(y), device=device) % VALIDATION > 0]
 IMAGES = hashlib.sha256(repr([s.sum((2, 3), dtype=torch.float64).tolist() for s in (x, y)]).encode()).hexdigest()[:16]
 CHANNELS, RANK = x.shape[1], min(RANK, (len(x) + len(y)) // 2)
@@ -217,8 +218,9 @@ for other in (net_avg, best):
 f = potential(net)
 opt = torch.optim.AdamW(net.parameters(), lr=LR, betas=BETAS, weight_decay=DECAY, fused=True)
 zero, shown = torch.zeros((), device=device), test_x[::math.ceil(len(test_x) / SHOWN)]
-bank = common.Bank(*newborn(0, GROUPS * BATCH), gap=zero, rate=zero + 1, ended=zero, best_step=zero,
-                   scores=torch.full((SCORES + 2, len(CURVES)), math.inf), early=torch.stack([shown, shown])).to(device)
+scores = torch.full((STEPS // SCORE_EVERY + 2, len(CURVES)), math.inf)
+bank = common.Bank(*newborn(0, GROUPS * BATCH), gap=zero, rate=zero + 1, ended=zero, best_step=zero, scores=scores,
+                   early=torch.stack([shown, shown])).to(device)
 bank.scores[0] = score(base)
 print(f"{len(x)} sources, {len(y)} targets and {len(valid)} to choose by, {len(test_x)} and {len(test_real)} to test, "
       f"{CHANNELS} x {SIDE} x {SIDE}")
