@@ -18,8 +18,8 @@ and M translations of each, _real.pt: held-out targets, for eval_fid.py, and NEW
 
 The base leaves ghosts of the source behind; the net learns what targets look like, at every resolution.  As with the
 digits, targets get noise of deviation NOISE, and decay of the weights keeps f smooth.  A chain starts from an exact
-draw of the base's plan, lives for LIFE visits of N_LANGEVIN steps and ends.  A translation does the same: where chains
-lived longer than translations, or for many more steps of the training, f was wrong where translations end.
+draw of the base's plan, lives for LIFE visits of N_LANGEVIN steps and ends.  A translation does what chains do: where
+these lived longer, or through many more steps of the training, f was wrong where translations ended.
 
 Weights are scored on images held out for this alone: see images.translation_scores.  The best are kept; a training
 that runs off goes back to them at half the rate: whatever happens there is a plan, if only the base's.  The last line
@@ -69,7 +69,7 @@ ETA, BOX = NOISE ** 2 / 2, 3.0  # Langevin step; pixels are clipped to +-BOX
 AT_WALL, WIDEST_GAP = 0.05, 3000.0  # share of clipped pixels, mean of 100 gaps that count as divergence
 RANK, PRIOR = 128, 0.02  # directions whose covariance the base knows; the share of its diagonal in it
 SCALE = EPS / NOISE ** 2  # of the net
-LR, WARMUP = 3e-3 if SIDE == 32 else 1.6e-3, 50  # of AdamW; rises in WARMUP steps, then falls to 0 by a cosine
+LR, WARMUP = 3e-3, 50    # of AdamW; rises in WARMUP steps, then falls to 0 by a cosine
 BETAS, DECAY = (0.0, 0.99), 0.8  # decay of the weights, times LR, per step
 EMA_DECAY = 0.995        # of the weights, per step
 SCORES, SCORED = 9, 100  # times that the weights are scored, on so many translations
@@ -192,10 +192,10 @@ def newborn(first, n):
 
 
 def translated(f, x, n):
-    """n translations of each x, as long as chains live in training; the same ones at each call."""
+    """n translations of each x, as old as the chains that f learns from are on average; the same ones at each call."""
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
-        return images.translate(f, base.draw, x, n, EPS, NOISE, ETA, LIFE * N_LANGEVIN, BOX)
+        return images.translate(f, base.draw, x, n, EPS, NOISE, ETA, (YOUNG + LIFE) // 2 * N_LANGEVIN, BOX)
 
 
 def score(f):
