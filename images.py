@@ -133,7 +133,7 @@ def read_pair(paths, side, background="white"):
 
 def out_folder(folder):
     """FOLDER_translated, made now: what would keep it from being written must show before the training."""
-    path = os.path.normpath(folder) + "_translated"
+    path = os.path.abspath(folder) + "_translated"
     make_folder(path)
     problem = write_aside(os.path.join(path, "figure"), lambda file: file.write(b" "), keep=False)
     return fail(problem) if problem else path

@@ -18,8 +18,8 @@ and M translations of each, _real.pt: held-out targets, for eval_fid.py, and NEW
 
 The base leaves ghosts of the source behind; the net learns what targets look like, at every resolution.  As with the
 digits, targets get noise of deviation NOISE, and decay of the weights keeps f smooth.  A chain starts from an exact
-draw of the base's plan, lives for LIFE visits of N_LANGEVIN steps and ends.  A translation does the same: where chains
-lived longer than translations, or for many more steps of the training, f was wrong where translations end.
+draw of the base's plan, lives for LIFE visits of N_LANGEVIN steps and ends.  A translation does what chains do: where
+these lived longer, or through many more steps of the training, f was wrong where translations ended.
 
 Weights are scored on images held out for this alone: see images.translation_scores.  The best are kept; a training
 that runs off goes back to them at half the rate: whatever happens there is a plan, if only the base's.  The last line
@@ -69,11 +69,11 @@ ETA, BOX = NOISE ** 2 / 2, 3.0  # Langevin step; pixels are clipped to +-BOX
 AT_WALL, WIDEST_GAP = 0.05, 3000.0  # share of clipped pixels, mean of 100 gaps that count as divergence
 RANK, PRIOR = 128, 0.02  # directions whose covariance the base knows; the share of its diagonal in it
 SCALE = EPS / NOISE ** 2  # of the net
-LR, WARMUP = 3e-3 if SIDE == 32 else 1.6e-3, 50  # of AdamW; rises in WARMUP steps, then falls to 0 by a cosine
+LR, WARMUP = 3e-3, 50    # of AdamW; rises in WARMUP steps, then falls to 0 by a cosine
 BETAS, DECAY = (0.0, 0.99), 0.8  # decay of the weights, times LR, per step
 EMA_DECAY = 0.995        # of the weights, per step
 SCORES, SCORED = 9, 100  # times that the weights are scored, on so many translations
-VALIDATION, PATIENCE = 20, 4  # every 20th target is held out for that; the training ends so many scores after the best
+VALIDATION, PATIENCE = 20, 5  # every 20th target is held out for that; the training ends so many scores after the best
 TRIES = 4                # of a training that runs off, each at half the rate
 COLLAPSED = 0.7          # spread of the translations over that of real images; below, the log warns
 TRANSLATIONS, SHOWN = 2, 8  # of each test image; rows of the figure
@@ -108,6 +108,7 @@ if args.translate:  # read now: what is wrong must show before the training
     new = images.read(args.translate, new_names, SIDE, args.background) / 127.5 - 1
 x, y, test_x, test_real = (s.to(device) for s in images.read_pair(args.folders, SIDE, args.background))
 x, y, test_x, test_real = (y, x, test_real, test_x) if args.swap else (x, y, test_x, test_real)
+VALIDATION = min(VALIDATION, len(y) // 3)  # at least three of few images
 valid, y = y[::VALIDATION], y[torch.arange(len(y), device=device) % VALIDATION > 0]
 IMAGES = hashlib.sha256(repr([s.sum((2, 3), dtype=torch.float64).tolist() for s in (x, y)]).encode()).hexdigest()[:16]
 CHANNELS, RANK = x.shape[1], min(RANK, (len(x) + len(y)) // 2)
@@ -192,10 +193,10 @@ def newborn(first, n):
 
 
 def translated(f, x, n):
-    """n translations of each x, as long as chains live in training; the same ones at each call."""
+    """n translations of each x, as old as the chains that f learns from are on average; the same ones at each call."""
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
-        return images.translate(f, base.draw, x, n, EPS, NOISE, ETA, LIFE * N_LANGEVIN, BOX)
+        return images.translate(f, base.draw, x, n, EPS, NOISE, ETA, (YOUNG + LIFE) // 2 * N_LANGEVIN, BOX)
 
 
 def score(f):
@@ -217,8 +218,9 @@ for other in (net_avg, best):
 f = potential(net)
 opt = torch.optim.AdamW(net.parameters(), lr=LR, betas=BETAS, weight_decay=DECAY, fused=True)
 zero, shown = torch.zeros((), device=device), test_x[::math.ceil(len(test_x) / SHOWN)]
-bank = common.Bank(*newborn(0, GROUPS * BATCH), gap=zero, rate=zero + 1, ended=zero, best_step=zero,
-                   scores=torch.full((SCORES + 2, len(CURVES)), math.inf), early=torch.stack([shown, shown])).to(device)
+scores = torch.full((STEPS // SCORE_EVERY + 2, len(CURVES)), math.inf)
+bank = common.Bank(*newborn(0, GROUPS * BATCH), gap=zero, rate=zero + 1, ended=zero, best_step=zero, scores=scores,
+                   early=torch.stack([shown, shown])).to(device)
 bank.scores[0] = score(base)
 print(f"{len(x)} sources, {len(y)} targets and {len(valid)} to choose by, {len(test_x)} and {len(test_real)} to test, "
       f"{CHANNELS} x {SIDE} x {SIDE}")
@@ -252,7 +254,7 @@ for step in run:
         k = -(-step // SCORE_EVERY)
         bank.scores[k] = score(potential(net_avg))
         energy, detail, nearest = bank.scores[:k + 1, :3].T
-        order = (energy + detail + 0.1 * (nearest - 1).abs()).argsort(stable=True)
+        order = (energy.relu() + detail.relu() + 0.1 * (nearest - 1).abs()).argsort(stable=True)  # below 0: noise
         if order[0] == k:
             best.load_state_dict(net_avg.state_dict())
             bank.best_step.fill_(step)
