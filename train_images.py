@@ -287,8 +287,8 @@ if args.translate:
 
 four, columns = translated(f, shown, 4), {"source": shown, "base": translated(base, shown, 1)[:, 0]}
 columns |= {f"at {100 * part:.0f} %": early for part, early in zip(EARLY, bank.early)}
-columns |= {"four translations": four.flatten(0, 1), "real": test_real[:len(shown)],
-            "nearest\nto the first": y[torch.cdist(four[:, 0].flatten(1), y.flatten(1)).argmin(1)]}
+nearest = y[torch.cdist(four[:, 0].flatten(1), y.flatten(1)).argmin(1)]
+columns |= {"four translations": four.flatten(0, 1), "nearest\nto the first": nearest, "real": test_real[:len(shown)]}
 images.save_panels(f"{name}.png", f"{os.path.basename(name)}, {run.step} steps, {run.seconds:.0f} s",
                    *((column, len(column) // len(shown), what) for what, column in columns.items()))
 done = bank.scores[:, 0].isfinite().cpu()
