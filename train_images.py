@@ -227,22 +227,23 @@ print(f"{len(x)} sources, {len(y)} targets and {len(valid)} to choose by, {len(t
 
 parts = {"base": base, "net": net, "net_avg": net_avg, "best": best, "opt": opt, "bank": bank}
 run = Run(args, f"{name}.pt", parts, STEPS, LOG_EVERY, CONSTANTS)
-run.steps = run.step if bank.ended else STEPS
+run.steps, rate = run.step if bank.ended else STEPS, bank.rate.item()
 for step in run:
-    opt.param_groups[0]["lr"] = bank.rate.item() * common.warm_cosine(LR, step, WARMUP, STEPS)
+    opt.param_groups[0]["lr"] = rate * common.warm_cosine(LR, step, WARMUP, STEPS)
     visit, group = divmod(step, GROUPS)
     rows = slice(group * BATCH, (group + 1) * BATCH)
     x_now, y_now = bank.x[rows], bank.y[rows]  # views
-    age = (visit - torch.arange(BATCH, device=device) * LIFE // BATCH) % LIFE
-    x_now[age == 0], y_now[age == 0] = newborn(GROUPS * BATCH + step * BATCH // LIFE, BATCH // LIFE)
+    first, born = visit % LIFE * (BATCH // LIFE), BATCH // LIFE  # at every visit so many chains end and start afresh
+    x_now[first:first + born], y_now[first:first + born] = newborn(GROUPS * BATCH + step * born, born)
     y_now[:] = images.walk(f, x_now, y_now, EPS, ETA, N_LANGEVIN, BOX)
-    y_pos = y[common.stratified_rows(len(y), BATCH, device)]
-    gap = common.train_step(f, opt, y_pos + NOISE * torch.randn_like(y_pos), y_now[age >= YOUNG])
+    y_pos, by_age = y[common.stratified_rows(len(y), BATCH, device)], y_now.roll(-first - born, 0)  # the oldest first
+    gap = common.train_step(f, opt, y_pos + NOISE * torch.randn_like(y_pos), by_age[:BATCH - YOUNG * born])
     bank.gap += 0.01 * (gap - bank.gap)
     common.update_ema(net_avg, net, EMA_DECAY, step)
-    at_wall = (y_now.abs() == BOX).float().mean()
-    if not (bank.gap.abs() < WIDEST_GAP and at_wall < AT_WALL):  # nan too
+    due, at_wall = run.due(), (y_now.abs() == BOX).float().mean()
+    if due and not (bank.gap.abs() < WIDEST_GAP and at_wall < AT_WALL):  # nan too
         bank.rate /= 2
+        rate = bank.rate.item()
         print(f"warning: the training ran off at step {step}: back to the best weights, the rate times {bank.rate:g}")
         for other in (net, net_avg):
             other.load_state_dict(best.state_dict())
@@ -260,8 +261,9 @@ for step in run:
             bank.best_step.fill_(step)
     if step in (marks := [round(part * STEPS) for part in EARLY]):
         bank.early[marks.index(step)] = translated(potential(net_avg), shown, 1)[:, 0]
-    run.steps = step if bank.ended else STEPS
-    if run.due():
+    if due and bank.ended:
+        run.steps = min(step + 1, STEPS)  # the last one is logged, and saved
+    if due:
         run.log({}, gap=bank.gap, at_wall=at_wall, cost=common.quadratic_cost(bank.x, bank.y).mean(),
                 square=bank.y.square().mean(), real_square=y.square().mean() + NOISE ** 2,
                 max_param=common.max_param(net), **dict(zip(CURVES, bank.scores[step // SCORE_EVERY])))

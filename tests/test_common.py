@@ -7,9 +7,10 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
-from conftest import HERE, final, run
+from conftest import HERE, RUNS, final, run, whole
 
 import common
 
@@ -67,6 +68,22 @@ def test_readme_example_copies_into_another_project(tmp_path):
     (tmp_path / "train_mine.py").write_text(script[:start] + block + "\n\n" + script[script.index("# ----", start):])
     output = run("train_mine.py", "--smoke", "--out", str(tmp_path), cwd=tmp_path, folder=str(tmp_path))
     assert final(output)["cond_floor"] > 0 and len(block.strip().splitlines()) <= 5
+
+
+def test_readme_loads_a_finished_plan_in_a_notebook(tmp_path, monkeypatch):
+    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+        block = re.search(r"<!-- tested: load -->\n```python\n(.*?)```", file.read(), re.S).group(1)
+    assert len(block.strip().splitlines()) <= 6
+    name = next(name for name in RUNS if name.startswith("points"))
+    shutil.copy(whole(name)[0] / f"{name}.pt", tmp_path / re.search(r'mixture.load\("(.*?)"\)', block).group(1))
+    np.save(tmp_path / "NEW.npy", np.random.default_rng(0).normal(size=(2000, 2)))
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    exec(block, found)
+    x, y, mean, half_way = (torch.as_tensor(found[key]) for key in ("x", "y", "mean", "half_way"))
+    assert (y - mean).mean(0).abs().max() < 4 * (y - mean).std() / 2000 ** 0.5  # y ~ pi(.|x) has this mean
+    noise = half_way - (x + y) / 2  # N(0, eps/4) beside the middle of each pair
+    assert noise.var().item() == pytest.approx(found["plan"].eps / 4, rel=0.1)
 
 
 # ------------------------------------------------------------------------------------------------ potentials

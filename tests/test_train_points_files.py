@@ -383,7 +383,7 @@ def test_options_without_a_meaning_are_refused(options, folder):
 
 def test_all_that_can_be_known_is_checked_before_the_fit(folder):
     outputs = door("X.npy", "Y.npy", "--map", "NEW.npy", "--out", ".")[1]["outputs"]
-    assert [os.path.splitext(path)[1] for path in outputs] == [".pt", ".png", ".npy"]
+    assert [os.path.splitext(path)[1] for path in outputs] == [".pt", ".png", ".npy", ".npy"]
     for path in outputs:
         os.mkdir(path)
         refuses(door("X.npy", "Y.npy", "--map", "NEW.npy", "--out", ".", code=2)[0], os.path.basename(path), "folder")

@@ -1,0 +1,261 @@
+"""The fit of a mixture's plan to two samples: an ascent of the dual, carried down from the mean cost to the eps wanted.
+
+    ascend      E_Q log v(y) - E_P log sum_k a_k exp((x.S_k x + 2 r_k.x) / (2 eps))      the dual objective over eps
+
+    plan = ascent.fit(x, y, eps=0.1)        in a notebook: tensors (n, D), (m, D); plan is a mixture.Plan
+
+torch only.
+"""
+import copy
+import math
+
+import torch
+import torch.nn.functional as F
+
+from mixture import Mixture, Plan, covariance_within, gain_of, gaussian_map, gaussian_plan, noise_shares
+
+ROWS_PER_RANK = 15       # rows of a component's own that carry a column of its U
+ROWS_PER_COMPONENT = 50  # fewer are not tried
+SIZES = (5, 20, 40, 60, 100, 200, 400)  # components
+COOLING = 10 ** 0.5      # at most, from stage to stage: eps falls from the mean cost down
+CLIMBS, STIRS = 30, 50   # steps of L-BFGS and of Adam; at the eps asked for twice as many of Adam
+FEW, MANY = 20_000, 200_000  # most rows seen on the way, and at the eps asked for
+
+
+# ------------------------------------------------------------------------------------------------ one stage
+
+class MeanLogSum(torch.autograd.Function):
+    """Mean over rows z of logsumexp_k forms(z, ...), with its gradient in all but z at once: what autograd would keep
+    from forward to backward does not fit the cache, but parts of a batch do."""
+
+    @staticmethod
+    def forward(ctx, z, const, square, linear, factor):
+        total, grads = 0.0, [torch.zeros_like(t) for t in (const, square, linear, factor.flatten(1))]
+        for part in z.split(max(64, 2 ** 18 // max(factor[0].numel(), 1024))):
+            squares, out = part.square(), torch.addmm(const, part, linear.T)
+            out.addmm_(squares, square.T)
+            if factor.shape[1]:
+                seen = (part @ factor.flatten(1)).view(len(part), *factor.shape[1:])
+                out += seen.square().sum(1)
+            log_sum = out.logsumexp(1, keepdim=True)
+            share = out.sub_(log_sum).exp_()
+            total = total + log_sum.sum()
+            grads[0] += share.sum(0)
+            grads[1].addmm_(share.T, squares)
+            grads[2].addmm_(share.T, part)
+            if factor.shape[1]:
+                grads[3].addmm_(part.T, seen.mul_(share[:, None]).flatten(1), alpha=2)
+        ctx.save_for_backward(*grads[:3], grads[3].view(factor.shape))
+        ctx.n = len(z)
+        return total / ctx.n
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, *(g * (grad / ctx.n) for g in ctx.saved_tensors)
+
+
+@torch.no_grad()
+def start(plan, x, y, prior):
+    """Parts of Q by k-means, all x in every part: as at large eps, where y hardly depends on x."""
+    K, D, rank = plan.U.shape
+    near = torch.cdist(y, k_means(y[torch.randperm(len(y), device=y.device)[:5000]], K)).argmin(1)
+    parts = F.one_hot(near, K).to(y.dtype)
+    P, Q = covariance_within(x, x.new_ones(len(x), 1), prior), covariance_within(y, parts, prior)
+    plan.turn(torch.linalg.cholesky(gaussian_map(P, Q, plan.eps)))
+    z, x_mean = y @ plan.inverse.T, x.mean(0) @ plan.R
+    pooled = plan.inverse.double() @ Q @ plan.inverse.double().T
+    for k in range(K):
+        own = z[near == k]
+        away = (own - own.mean(0)).double()
+        excess = (away.T @ away - len(own) * pooled) / (len(own) + prior * len(y)) / plan.eps
+        values, vectors = torch.linalg.eigh(torch.eye(D, device=y.device) + excess)
+        values = values.clamp_min(0.05)
+        level = values[:-rank].mean() if 0 < rank < D else values[0] / 2
+        factor = vectors[:, D - rank:] * (values[D - rank:] - level).clamp_min(1e-2).sqrt()
+        plan.U[k] = factor
+        plan.d[k] = ((vectors * values) @ vectors.T - factor @ factor.T).diagonal().clamp_min(0.05)
+        plan.r[k] = (own.mean(0) if len(own) else z[k]) - plan.S_times(x_mean, k)
+
+
+@torch.no_grad()
+def balance(plan, x, y, steps=30, tolerance=1e-3):
+    """Move a_k until both parts have the same mass, by Newton's method with a line search: an ascent."""
+    log_w, log_v = plan.log_w(x) - plan.log_a, plan.log_v(y) - plan.log_a
+    log_a, damping, value = plan.log_a.double(), 1.0, -math.inf
+    new = log_a
+    for _ in range(steps):
+        w, v = ((z + new.float()).logsumexp(1, keepdim=True) for z in (log_w, log_v))
+        if (v.double().mean() - w.double().mean()).item() < value:
+            damping *= 8
+        else:
+            log_a, value, damping = new, (v.double().mean() - w.double().mean()).item(), max(damping / 4, 1e-4)
+            w, v = (log_w + (log_a.float() - w)).exp_(), (log_v + (log_a.float() - v)).exp_().mean(0).double()
+            mass = w.double().mean(0)
+            if (mass - v).abs().sum() < tolerance:
+                break
+            slope = v - mass
+            curvature = mass.diag() - (w.T @ w).double() / len(w) + 1e-9 * torch.eye(len(mass), device=x.device)
+        step = torch.linalg.solve(curvature + damping * (mass + 1e-4).diag(), slope)
+        new = log_a + step.clamp(-5, 5)
+    plan.log_a.copy_(log_a - log_a.logsumexp(0))
+    return value
+
+
+@torch.no_grad()
+def cool(plan, eps, x, y, prior):
+    """Go on at another eps: with the basis scaled as the Gaussian plan within the parts says, or with r and S as
+    they are, whichever is better there."""
+    parts = [z.softmax(1) for z in (plan.log_w(x), plan.log_v(y))]
+    P, Q = (covariance_within(z, part, prior) for z, part in zip((x, y), parts))
+    old, new = (torch.linalg.cholesky(gaussian_map(P, Q, e)) for e in (plan.eps, eps))
+    x_mean, y_mean = (part.T @ z / part.sum(0).clamp_min(1e-6)[:, None] for z, part in zip((x, y), parts))
+    plan.log_a *= plan.eps / eps
+    plan.eps = eps
+    moved = copy.deepcopy(plan)
+    moved.turn(new @ torch.linalg.solve_triangular(old, plan.R.double(), upper=False))
+    for k, mean in enumerate(x_mean @ moved.R):
+        moved.r[k] = y_mean[k] @ moved.inverse.T - moved.S_times(mean[None], k)[0]
+    if balance(moved, x, y) > balance(plan, x, y):
+        plan.load_state_dict(moved.state_dict())
+
+
+def moves_of(plan):
+    """-> moves of the parameters, zeros, relative to where they are; put(), which applies them; loss(x, y) of rows
+    in the basis: minus the objective over eps, up to a constant, and its gradient in the moves."""
+    r, d, U, log_a = (getattr(plan, name).clone() for name in ("r", "d", "U", "log_a"))
+    moves = [torch.zeros_like(t, memory_format=torch.contiguous_format).requires_grad_() for t in (r, d, U, log_a)]
+    root, width = d.sqrt(), math.sqrt(plan.eps) * d.sqrt()
+
+    def put():
+        plan.r, plan.d = r + width * moves[0], (d * moves[1].exp()).clamp(1e-3, 1e4)  # atoms would end at 0
+        plan.U, plan.log_a = U + root[..., None] * moves[2], log_a + moves[3]
+
+    def loss(x, y):
+        with torch.enable_grad():
+            put()
+            value = MeanLogSum.apply(x, *plan.of_x()) - MeanLogSum.apply(y, *plan.of_y())
+            for move, grad in zip(moves, torch.autograd.grad(value, moves)):
+                move.grad = grad.contiguous()
+        return value
+
+    return moves, put, loss
+
+
+@torch.no_grad()
+def climb(plan, x, y, steps):
+    """L-BFGS on the dual over all rows, whose line search makes it an ascent; yields once, log a balanced."""
+    moves, put, loss = moves_of(plan)
+    opt = torch.optim.LBFGS(moves, max_iter=steps, max_eval=2 * steps, history_size=20, tolerance_grad=1e-8,
+                            tolerance_change=1e-10, line_search_fn="strong_wolfe")
+    x_basis, y_basis = x @ plan.R, y @ plan.inverse.T
+    opt.step(lambda: loss(x_basis, y_basis))
+    put()
+    balance(plan, x, y)
+    yield
+
+
+@torch.no_grad()
+def stir(plan, x, y, steps, batch=2048, rate=0.03):
+    """Adam on batches, whose noise leads out of poor optima; yields after every quarter, log a balanced."""
+    moves, put, loss = moves_of(plan)
+    opt, start = torch.optim.Adam(moves, betas=(0.9, 0.99), fused=True), plan.log_a.clone()
+    for step in range(steps):
+        opt.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+        x_batch, y_batch = (z[torch.randint(len(z), (batch,), device=z.device)] for z in (x, y))
+        loss(x_batch @ plan.R, y_batch @ plan.inverse.T)
+        opt.step()
+        if (step + 1) % max(1, steps // 4) == 0 or step + 1 == steps:
+            put()
+            balance(plan, x, y)
+            moves[3].copy_(plan.log_a - start)
+            yield
+
+
+@torch.no_grad()
+def ascend(plan, x, y, near, climbs, stirs):
+    """A stage, at one eps: a climb, a stir, further climbs, each undone where the training objective has not risen.
+    Ends with the best on near = (x, y), rows that choose the step, of those at which it is not below the first.
+    -> whether the stir has helped."""
+    balance(plan, x, y)
+    first = value = plan.objective(x, y).item()
+    best, stirred = (plan.objective(*near).item(), plan.kept()), False
+    for k in range(1 + climbs // 10):
+        moving = stir(plan, x, y, stirs) if k == min(1, climbs // 10) else climb(plan, x, y, 10)
+        before, state = value, plan.kept()
+        try:
+            for _ in moving:
+                value, on_near = plan.objective(x, y).item(), plan.objective(*near).item()
+                if value >= first and on_near > best[0]:
+                    best = on_near, plan.kept()
+        except torch.linalg.LinAlgError:  # a step too far for float32
+            value = math.nan
+        stirred |= k == min(1, climbs // 10) and value > before
+        if not value >= before:
+            plan.load_state_dict(state)
+            value = before
+    plan.load_state_dict(best[1])
+    return stirred
+
+
+def k_means(y, k, steps=20):
+    """Centres (k, D) of y (n, D): k-means++, then `steps` of Lloyd's."""
+    centres = y[torch.randint(len(y), (1,), device=y.device)]
+    while len(centres) < k:
+        far = torch.cdist(y, centres).amin(1).square() + 1e-30
+        centres = torch.cat([centres, y[torch.multinomial(far, 1)]])
+    for _ in range(steps):
+        near = F.one_hot(torch.cdist(y, centres).argmin(1), k).to(y.dtype)
+        centres = torch.where(near.sum(0)[:, None] > 0, near.T @ y / near.sum(0).clamp_min(1)[:, None], centres)
+    return centres
+
+
+# ------------------------------------------------------------------------------------------------ all stages
+
+@torch.no_grad()
+def anneal(x, y, near, epses, say=lambda plan, what, left: None, sizes=SIZES, climbs=CLIMBS, stirs=STIRS):
+    """For each of epses, from the largest, yields a mixture, or None where rows are too few, and the Gaussian plan.
+
+    near = (x, y), rows that choose only.  The number of components is chosen at the mean cost, where a fit is cheap: as
+    many as near gains from, beyond two standard errors.  The mixture found is then carried down from stage to stage:
+    started at a small eps, it would end in a poor optimum."""
+    dim, n, few = x.shape[1], min(len(x), len(y)), (x[:FEW], y[:FEW])
+    prior, top = dim / n, max((x.var(0).sum() + y.var(0).sum()).item() / 2, max(epses))
+    best, found = gaussian_plan(x, y, top), None
+    for components in (k for k in sizes if k * ROWS_PER_COMPONENT <= n):
+        rank = min(dim, n // (components * ROWS_PER_RANK))
+        new = Mixture(dim, components, rank, top).to(x.device)
+        start(new, *few, prior)
+        ascend(new, *few, near, min(climbs, 20), 0)
+        gain, error = gain_of(new, best, *near)
+        say(new, f"{gain / error:.3g} standard errors above fewer", 0)
+        found = new if found is None or gain > 2 * error else found  # where P alone has parts, this eps shows none
+        if not gain > 2 * error:
+            break
+        best = new
+    for eps in sorted(epses, reverse=True):
+        if found is not None:
+            stirred, stages = True, max(0, math.ceil(math.log(found.eps / eps) / math.log(COOLING) - 1e-6))
+            for left in range(stages, 0, -1):
+                cool(found, found.eps * (eps / found.eps) ** (1 / left), *few, prior)
+                if left > 1:
+                    stirred = stirred and ascend(found, *few, near, 0, stirs)
+                    if not stirred:
+                        ascend(found, *few, near, 10, 0)
+                    say(found, "cooling", left + 1)
+            ascend(found, x[:MANY], y[:MANY], near, climbs, 2 * stirs)
+            say(found, "done", 0)
+        yield copy.deepcopy(found), gaussian_plan(x, y, eps)
+
+
+def fit(x, y, eps=None, share=0.1, say=lambda plan, what, left: None):
+    """The plan between samples x (n, D), y (m, D) at eps, or at the eps where `share` of y's variance is noise given x;
+    a tenth of the rows choose only."""
+    x, y = (torch.as_tensor(z).double() for z in (x, y))
+    unit = ((x.var(0).mean() + y.var(0).mean()) / 2).sqrt()
+    _, eps_of = noise_shares(*(torch.cov(z.T / unit).reshape(2 * x.shape[1:]) for z in (x, y)))
+    eps = eps / unit.item() ** 2 if eps else eps_of(share)
+    own = [((z - z.mean(0)) / unit).float()[torch.randperm(len(z))] for z in (x, y)]
+    near, rest = zip(*((z[:len(z) // 10], z[len(z) // 10:]) for z in own))
+    (found, of_one), = anneal(*rest, near, [eps], say)
+    better = found is not None and gain_of(found, of_one, *near)[0] > 0
+    return Plan(found if better else of_one, x.mean(0), y.mean(0), unit)

@@ -1,0 +1,233 @@
+"""mixture.py, ascent.py: closed forms against quadrature, dense matrices, discrete OT; the fit ascends to its end."""
+import math
+
+import numpy as np
+import ot
+import pytest
+import torch
+
+import ascent
+import mixture
+from ascent import MeanLogSum, anneal
+from mixture import Mixture, Plan, forms, gain_of, gaussian_map, gaussian_plan, noise_shares
+
+
+# ------------------------------------------------------------------------------------------------ closed forms
+
+def test_the_gaussian_map_against_a_long_discrete_solve():
+    """Both laws as weights on a fine grid, where sums are integrals to many digits, and Sinkhorn to convergence."""
+    eps = 1.0
+    T = gaussian_map(torch.eye(2).double(), 2 * torch.eye(2).double(), 1e9)
+    assert torch.allclose(1e9 * T, 2 * torch.eye(2).double(), rtol=1e-6)  # no cancellation: T tends to S1/eps
+    S0, S1 = torch.tensor([[1.0, 0.5], [0.5, 0.7]]).double(), torch.tensor([[0.6, -0.3], [-0.3, 1.1]]).double()
+    T = gaussian_map(S0, S1, eps)
+    plan = torch.cat([torch.cat([S0, S0 @ T], 1), torch.cat([(S0 @ T).T, S1], 1)])
+    grid = torch.cartesian_prod(*[torch.linspace(-5, 5, 39, dtype=torch.float64)] * 2)
+    p, q = ((-(grid @ torch.linalg.inv(S) * grid).sum(1) / 2).softmax(0) for S in (S0, S1))
+    p, q = ((w + 1e-300) / (w + 1e-300).sum() for w in (p, q))
+    discrete = ot.sinkhorn(p, q, torch.cdist(grid, grid).square() / 2, eps, method="sinkhorn_log",
+                           numItermax=200, stopThr=1e-9)
+    pairs = torch.cat([grid.repeat_interleave(len(grid), 0), grid.repeat(len(grid), 1)], 1)
+    assert torch.allclose((pairs * discrete.reshape(-1, 1)).T @ pairs, plan, atol=1e-4)
+    i = (grid - torch.tensor([0.8, -0.5])).norm(dim=1).argmin()
+    x, conditional = grid[i], discrete[i] / discrete[i].sum()
+    assert torch.allclose(conditional @ grid, T @ x, atol=1e-4)
+    spread = grid - conditional @ grid
+    assert torch.allclose((spread * conditional[:, None]).T @ spread, eps * T, atol=1e-4)
+
+
+def test_the_share_of_noise_is_that_of_the_gaussian_plan():
+    torch.manual_seed(0)
+    S0, S1 = (torch.cov(torch.randn(4, 9).double()) for _ in range(2))
+    share, eps_of = noise_shares(S0, S1)
+    for eps in (1e-3, 0.3, 50.0):
+        assert share(eps) == pytest.approx((eps * gaussian_map(S0, S1, eps).trace() / S1.trace()).item())
+        assert eps_of(share(eps)) == pytest.approx(eps, rel=1e-6)
+    assert share(1e-9) < 1e-6 and share(1e9) > 1 - 1e-6
+    one = noise_shares(torch.ones(1, 1).double(), torch.ones(1, 1).double())[0]
+    assert one(1.0) == pytest.approx((math.sqrt(5) - 1) / 2)  # T^2 + T = 1
+
+
+def mixture_1d(eps=0.5):
+    """Three components in 1-D: S is 0.3, 1 and 0.6."""
+    plan = Mixture(1, 3, 1, eps)
+    plan.load_state_dict({"log_a": torch.tensor([0.2, 0.5, 0.3]).log(), "r": torch.tensor([[-2.0], [0.5], [2.5]]) / 2,
+                          "d": torch.tensor([[0.2], [0.9], [0.1]]) / 4, "R": torch.tensor([[2.0]]),
+                          "U": torch.tensor([0.1, 0.1, 0.5]).sqrt().view(3, 1, 1) / 2,
+                          "inverse": torch.tensor([[0.5]])})
+    return plan
+
+
+def conditional_1d(f, eps, x, ticks=torch.linspace(-15, 15, 6001, dtype=torch.float64)):
+    """log Z, mean and variance of exp((f(y) - |x-y|^2/2)/eps) at each x (T,), by quadrature."""
+    log_p = (f(ticks.float()[:, None]).double() - (x.double()[:, None] - ticks).square() / 2) / eps
+    weights, spacing = log_p.softmax(1), ticks[1] - ticks[0]
+    mean = weights @ ticks
+    return log_p.logsumexp(1) + spacing.log(), mean, weights @ ticks.square() - mean ** 2
+
+
+def test_a_mixture_s_plan_is_its_closed_form():
+    torch.manual_seed(0)
+    plan, x = mixture_1d(), torch.tensor([-2.0, -0.3, 0.0, 1.7])
+    log_z, mean, variance = conditional_1d(plan, plan.eps, x)
+    assert torch.allclose(plan.log_z(x[:, None]).double(), log_z, atol=1e-4)
+    assert torch.allclose(plan.mean(x[:, None])[:, 0].double(), mean, atol=1e-4)
+    y = plan.sample(x[:, None].repeat_interleave(200_000, 0)).view(4, -1).double()
+    assert torch.allclose(y.mean(1), mean, atol=0.015) and torch.allclose(y.var(1), variance, atol=0.03)
+    ticks = torch.linspace(-15, 15, 6001)[:, None]
+    assert plan.log_density(x[:1, None].expand(6001, 1), ticks).exp().sum().item() * 0.005 == pytest.approx(1, abs=1e-4)
+    x, y = torch.randn(1000, 1), torch.randn(1000, 1)
+    by_quadrature = plan(y).mean() - plan.eps * conditional_1d(plan, plan.eps, x[:, 0])[0].mean()
+    assert plan.objective(x, y).item() == pytest.approx(by_quadrature.item(), abs=1e-4)
+
+
+def random_mixture(dim, components, rank, eps):
+    plan = Mixture(dim, components, rank, eps)
+    plan.turn(torch.eye(dim).double() + 0.3 * torch.randn(dim, dim).tril().double())
+    plan.r, plan.U = torch.randn(components, dim), 0.5 * torch.randn(components, dim, rank)
+    plan.d, plan.log_a = torch.rand(components, dim) + 0.3, torch.randn(components)
+    return plan
+
+
+@pytest.mark.parametrize("rank", [0, 2, 4])
+def test_low_rank_plus_diagonal_against_dense_matrices(rank):
+    torch.manual_seed(0)
+    plan, x, y = random_mixture(4, 3, rank, 0.7), torch.randn(9, 4), torch.randn(9, 4)
+    S = plan.R @ (torch.diag_embed(plan.d) + plan.U @ plan.U.mT) @ plan.R.T
+    r = plan.r @ plan.R.T
+    by_hand = torch.stack([a + torch.distributions.MultivariateNormal(m, 0.7 * C).log_prob(y)
+                           for a, m, C in zip(plan.log_a, r, S)], 1)
+    assert torch.allclose(plan.log_v(y), by_hand, atol=1e-3)
+    inner = torch.einsum("bd,kde,be->bk", x, S, x) + 2 * x @ r.T
+    assert torch.allclose(plan.log_w(x), plan.log_a + inner / 1.4, atol=1e-3)
+    means = r + torch.einsum("kde,be->bkd", S, x)
+    assert torch.allclose(plan.mean(x), (plan.log_w(x).softmax(1)[..., None] * means).sum(1), atol=1e-4)
+    alone = Mixture(4, 1, rank, 0.7)
+    alone.load_state_dict({k: v[1:2] if len(v) == 3 else v for k, v in plan.state_dict().items()})
+    sampled = alone.sample(x[:1].expand(200_000, 4))
+    assert torch.allclose(sampled.mean(0), means[0, 1], atol=0.02)
+    assert torch.allclose(torch.cov(sampled.T), 0.7 * S[1], atol=0.03 * S[1].max())
+
+
+def test_the_gradient_at_once_is_that_of_autograd():
+    torch.manual_seed(0)
+    plan, z = random_mixture(4, 3, 2, 0.7), torch.randn(300, 4)
+    plan.U.requires_grad_(), plan.d.requires_grad_(), plan.r.requires_grad_()
+    for weights in (plan.of_x(), plan.of_y()):
+        one, two = MeanLogSum.apply(z, *weights), forms(z, *weights).logsumexp(1).mean()
+        assert one.item() == pytest.approx(two.item(), rel=1e-5)
+        grads = [torch.autograd.grad(value, (plan.U, plan.d, plan.r), retain_graph=True) for value in (one, two)]
+        assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*grads))
+
+
+# ------------------------------------------------------------------------------------------------ the fit
+
+def test_one_component_is_the_gaussian_plan():
+    torch.manual_seed(0)
+    x, y, eps = torch.randn(5000, 3) @ torch.randn(3, 3), torch.randn(5000, 3) @ torch.randn(3, 3) + 2, 0.3
+    plan = gaussian_plan(x, y, eps)
+    S0, S1 = (torch.cov(z.T.double(), correction=0) for z in (x, y))
+    T = gaussian_map(S0, S1, eps)
+    assert torch.allclose(T @ S0 @ T + eps * T, S1, atol=1e-8)
+    assert torch.allclose((plan.R @ plan.R.T).double(), T, rtol=1e-2, atol=1e-3)  # the prior is 3 of 5 000 rows
+    m0, m1 = x.mean(0), y.mean(0)
+    assert torch.allclose(plan.mean(m0[None])[0], m1, atol=1e-3)
+    alone = plan.kept()
+    ascent.ascend(plan, x, y, (x, y), 10, 20)
+    for name, value in plan.kept().items():  # stationary: the ascent leaves it, but for the prior
+        assert torch.allclose(value, alone[name], atol=0.02)
+
+
+def test_a_mixture_is_fitted_to_the_plan_it_came_from():
+    torch.manual_seed(0)
+    true, x = mixture_1d(), torch.randn(40_000, 1)
+    y = true.sample(x)
+    (plan, of_one), = anneal(x[4000:], y[4000:], (x[:4000], y[:4000]), [true.eps], sizes=(3,))
+    assert gain_of(plan, of_one, x, y)[0] > 0.1
+    assert plan.objective(x, y).item() == pytest.approx(true.objective(x, y).item(), abs=2e-3)
+    points = torch.tensor([-1.5, 0.0, 1.5])
+    for found, exact in zip(conditional_1d(plan, plan.eps, points)[1:], conditional_1d(true, true.eps, points)[1:]):
+        assert torch.allclose(found, exact, atol=0.05)
+
+
+def cell_like(n, dim=5, seed=0):
+    """Unequal clusters with heavy tails, which move, grow and shrink from X to Y."""
+    rng = np.random.default_rng(seed)
+    centre, shift = 3 * rng.standard_normal((6, dim)), rng.standard_normal((6, dim))
+
+    def day(share, time):
+        k = rng.choice(6, n, p=share)
+        return centre[k] + time * shift[k] + 0.5 * rng.standard_normal((n, dim)) / np.sqrt(rng.chisquare(5, (n, 1)) / 5)
+
+    return [torch.tensor(day(rng.dirichlet(np.full(6, 0.6)), t)).float() for t in (0, 1)]
+
+
+def test_the_objective_never_falls_over_a_stage_and_masses_agree(monkeypatch):
+    torch.manual_seed(0)
+    x, y = cell_like(500)
+    x, y = x - x.mean(0), y - y.mean(0)
+    stages, ascend = [], ascent.ascend
+
+    def watched(self, x, y, *rest):
+        before = self.objective(x, y).item()
+        stirred = ascend(self, x, y, *rest)
+        stages.append((self.eps, before, self.objective(x, y).item()))
+        return stirred
+
+    monkeypatch.setattr(ascent, "ascend", watched)
+    (plan, of_one), (small, _) = anneal(x[100:], y[100:], (x[:100], y[:100]), [0.3, 0.03], sizes=(5,))
+    assert len(stages) >= 5 and all(after >= before - 1e-3 * abs(before) for _, before, after in stages)
+    for found in (plan, small):
+        w, v = found.log_w(x[100:]).softmax(1).mean(0), found.log_v(y[100:]).softmax(1).mean(0)
+        assert (w - v).abs().sum() < 0.01
+    assert plan.eps == pytest.approx(0.3) and small.eps == pytest.approx(0.03)
+    assert gain_of(plan, of_one, x, y)[0] > 0.5
+    pushed = small.sample(x)
+    assert 2 * torch.cdist(pushed, y).mean() - torch.cdist(pushed, pushed).mean() - torch.cdist(y, y).mean() < 0.06
+
+
+def test_the_fit_ends_where_the_gradient_is_zero():
+    torch.manual_seed(0)
+    x, y = cell_like(400, dim=2)
+    x, y = x - x.mean(0), y - y.mean(0)
+    plan = Mixture(2, 4, 2, 2.0)
+    ascent.start(plan, x, y, 0.01)
+    sizes = []
+    for _ in range(12):
+        list(ascent.climb(plan, x, y, 20))
+        moves, put, loss = ascent.moves_of(plan)
+        loss(x @ plan.R, y @ plan.inverse.T)
+        sizes.append(max(move.grad.abs().max().item() for move in moves))
+    assert sizes[-1] < 5e-3 < 5e-2 < sizes[0] or sizes[-1] < 1e-3
+
+
+def test_balance_equals_masses_and_ascends():
+    torch.manual_seed(0)
+    x, y = cell_like(500)
+    x, y = x - x.mean(0), y - y.mean(0)
+    plan = Mixture(5, 6, 2, 0.5)
+    ascent.start(plan, x, y, 0.01)
+    plan.log_a += torch.randn(6)
+    before = plan.objective(x, y)
+    ascent.balance(plan, x, y, steps=60)
+    assert plan.objective(x, y) > before
+    assert (plan.log_w(x).softmax(1).mean(0) - plan.log_v(y).softmax(1).mean(0)).abs().sum() < 2e-3
+
+
+# ------------------------------------------------------------------------------------------------ in the data's units
+
+def test_a_plan_in_any_unit_is_the_same():
+    x, y = (z.double() for z in cell_like(400, dim=3))
+    lines = []
+    for unit, shift in ((1.0, 0.0), (1e3, 7e3)):
+        torch.manual_seed(0)
+        plan = ascent.fit(unit * x + shift, unit * y + shift, eps=0.3 * unit ** 2)
+        assert isinstance(plan, Plan) and plan.eps == pytest.approx(0.3 * unit ** 2)
+        at = unit * x[:5] + shift
+        lines.append(((plan.mean(at) - shift) / unit, plan.log_density(at, unit * y[:5] + shift) + 3 * math.log(unit)))
+        noise = mixture.bridge(at.repeat(9000, 1), at.repeat(9000, 1), 0.25, plan.eps) - at.repeat(9000, 1)
+        assert noise.var().item() == pytest.approx(0.25 * 0.75 * plan.eps, rel=0.02)
+    for a, b in zip(*lines):
+        assert torch.allclose(a, b, rtol=1e-2, atol=2e-2)
+    share = noise_shares(torch.cov(x.T), torch.cov(y.T))[0]
+    assert share(ascent.fit(x, y, share=0.3).eps) == pytest.approx(0.3, rel=1e-3)

@@ -1,0 +1,78 @@
+"""pairs.py: the known plans are plans, the scores by hand, the table through the user's door."""
+import math
+import os
+
+import pytest
+import torch
+
+import truth
+from conftest import here
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """The script's globals, and what it printed, of its smoke run."""
+    output, values = here("pairs.py", "--smoke", "--device", "cpu", "--out", tmp_path_factory.mktemp("pairs"))
+    return {**values, "output": output}
+
+
+def test_bw2_by_hand():
+    bw2 = truth.bw2
+    corners = torch.tensor([[1.0, 1.0], [1, -1], [-1, 1], [-1, -1]]).double()  # mean 0, covariance I
+    eye, no = torch.eye(2).double(), torch.zeros(2).double()
+    assert bw2(corners, no, eye) == pytest.approx(0, abs=1e-10)
+    assert bw2(corners + torch.tensor([0.3, 0.4]), no, eye) == pytest.approx(0.25)
+    long = torch.diag(torch.tensor([4.0, 1.0])).double()
+    assert bw2(corners, no, long) == pytest.approx(1)  # (2 - 1)^2
+    turn = torch.tensor([[math.cos(0.5), -math.sin(0.5)], [math.sin(0.5), math.cos(0.5)]]).double()
+    wide, S = corners * torch.tensor([2.0, 1.0]), turn @ long @ turn.T
+    fidelity = math.sqrt((long @ S).trace() + 2 * 4)  # 2 x 2: sqrt(tr P + 2 sqrt(det P))
+    assert bw2(wide, no, S) == pytest.approx(10 - 2 * fidelity)
+
+
+@pytest.mark.parametrize("components, eps", [(1, 0.3), (5, 0.3)])
+def test_known_plans_are_plans(pairs, components, eps):
+    """Known's conditional sends P to a Q for which Sinkhorn's condition holds: f does not depend on x."""
+    torch.manual_seed(0)
+    known = pairs["Known"](2, eps, components)
+    x, y = known.source(4), known.target(6)
+    w, m = known.weights(x), known.shift + torch.einsum("kde,ne->nkd", known.slope, x)
+    d = y[None, :, None] - m[:, None]  # (x, y, k, D)
+    inverse = torch.linalg.inv(known.C)
+    log_p = torch.logsumexp(w.log()[:, None] - torch.einsum("xykd,kde,xyke->xyk", d, inverse, d) / 2
+                            + torch.linalg.slogdet(inverse)[1] / 2, 2)
+    f_less_z = log_p + torch.cdist(x, y).square() / (2 * eps)  # (f(y) - eps log Z(x)) / eps
+    mixed = f_less_z - f_less_z[:1] - f_less_z[:, :1] + f_less_z[:1, :1]
+    assert mixed.abs().max() < 1e-8
+
+
+def test_exact_answers_have_the_floor_and_wrong_ones_do_not(pairs):
+    torch.manual_seed(0)
+    known = pairs["Known"](3, 0.5, 5)
+    x = known.source(20)
+    exact = known.sample(x.repeat_interleave(500, 0)).view(20, 500, 3)
+    right, wrong = known.scores(x, exact), known.scores(x, exact + 1)
+    assert right["cond_uvp"] == pytest.approx(right["cond_floor"], rel=0.3)
+    assert wrong["cond_uvp"] == pytest.approx(100 * 3 / known.target(20_000).var(0).sum().item(), rel=0.15)
+
+
+def test_cells_are_alike_from_draw_to_draw_and_move_from_day_to_day(pairs):
+    cells = pairs["Cells"](6)
+    fresh = cells.scores(None, cells.target(800)[:, None])
+    stayed = cells.scores(None, cells.source(800)[:, None])
+    assert abs(fresh["energy_ratio"] - 1) < 5 * fresh["error"]
+    assert stayed["energy_ratio"] > 10
+    deviations = cells.source(4000).std(0)
+    assert deviations[0] > 2.5 * deviations[5]  # they fall over the columns, by 6^0.75
+    away = (cells.source(20_000) - cells.source(4000).mean(0)).abs().amax(0) / deviations
+    assert away.max() > 6  # heavy tails
+
+
+def test_the_table_goes_through_the_user_s_door(pairs):
+    lines = [line.split() for line in pairs["output"].splitlines() if line.startswith("final pair")]
+    assert [line[2] for line in lines] == ["gauss", "rolls", "cells"]
+    scores = [dict(zip(line[9::2], map(float, line[10::2]))) for line in lines]
+    assert scores[0]["cond_uvp"] < 5 and scores[1]["cond_ratio"] < 9 and scores[2]["energy_ratio"] < 4
+    for folder in (name for name in os.listdir(pairs["args"].out) if name.startswith("pair_")):
+        held = os.listdir(os.path.join(pairs["args"].out, folder))
+        assert {"X.npy", "Y.npy", "NEW.npy"} < set(held) and sum(name.endswith("_mapped.npy") for name in held) == 1

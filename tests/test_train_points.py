@@ -1,0 +1,249 @@
+"""The engine of train_points.py: its parts against closed forms, a plan whatever happens, answers of every kind."""
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import mixture
+import truth
+from conftest import checkpoint, final, here, whole
+from test_mixture import cell_like, conditional_1d, mixture_1d
+
+SMOKE = "points_smoke_eps0.0897_seed0_smoke"
+
+
+def part(name):
+    """A function, class or constant of the script."""
+    return whole(SMOKE)[2][name]
+
+
+# ------------------------------------------------------------------------------------------------ chains
+
+@pytest.mark.parametrize("dim", [2, 20])
+def test_replica_exchange_mixes_modes_that_langevin_cannot_connect(dim):
+    torch.manual_seed(0)
+    eps, width, away, weight = 1.0, 0.4, 2.0, 0.3  # modes at +-2 of width 0.4: a barrier of 12.5 nats
+    centre = torch.zeros(dim)
+    centre[0] = away
+
+    def f(y):  # at x = 0 the plan is weight N(centre, width^2) + (1 - weight) N(-centre, width^2)
+        logs = torch.stack([w - (y - s * centre).square().sum(1) / (2 * width ** 2)
+                            for w, s in ((math.log(weight), 1), (math.log(1 - weight), -1))])
+        return eps * logs.logsumexp(0) + y.square().sum(1) / 2
+
+    rungs = 2 + math.ceil(1.1 * math.sqrt(dim) * math.log10(16))
+    ladder = 16 ** (torch.arange(rungs) / (rungs - 1)) * eps
+    x, y, n = torch.zeros(400, dim), -centre + width * torch.randn(400, rungs, dim), 400
+    alone = y[:, 0]
+    for _ in range(300):
+        flat, log_p, _ = common.langevin(f, x.repeat_interleave(rungs, 0), y.flatten(0, 1), ladder.repeat(n),
+                                         (width ** 2 * 1.6 / dim ** (1 / 3) * ladder).repeat(n)[:, None], 2)
+        y, swapped = part("exchange")(flat.view(y.shape), log_p.view(n, rungs), ladder)
+        alone = common.langevin(f, x, alone, eps, width ** 2, 1)[0]
+    assert (swapped > 0.15).all() and (alone[:, 0] > 0).float().mean() == 0
+    assert (y[:, 0, 0] > 0).float().mean().item() == pytest.approx(weight, abs=0.09)  # 4 standard errors
+
+
+def test_exchange_leaves_the_law_of_every_temperature_unchanged():
+    torch.manual_seed(0)
+    ladder, n = torch.tensor([0.5, 1.0, 3.0]), 200_000  # f = 0, x = 0: N(0, eps) at each
+    y = ladder.sqrt()[:, None] * torch.randn(n, 3, 2)
+    log_p = -y.square().sum(2) / 2 / ladder
+    new, swapped = part("exchange")(y, log_p, ladder)
+    assert torch.allclose(new.var(0).mean(1) / ladder, torch.ones(3), atol=0.01)
+    assert (new[:, 0] * new[:, 1]).mean().abs() < 0.01 and (swapped > 0.2).all()
+    assert torch.allclose(new.sum(1), y.sum(1), atol=1e-4)  # y only changes places
+
+
+def test_the_objective_s_estimate_against_quadrature():
+    torch.manual_seed(0)
+    plan, x, log_z_ratio = mixture_1d(), torch.linspace(-2, 2, 9), part("log_z_ratio")
+
+    def net(y):
+        return 0.8 * torch.sin(2 * y[:, 0]) - 0.1 * y[:, 0] ** 2
+
+    exact = conditional_1d(lambda y: plan(y) + net(y), plan.eps, x)[0] - conditional_1d(plan, plan.eps, x)[0]
+    found, effective = log_z_ratio(plan, net, x[:, None], 16_000, 20, 0.1)
+    assert torch.allclose(found.double(), exact, atol=0.03) and effective > 8000
+    nothing, effective = log_z_ratio(plan, lambda y: 0 * y[:, 0], x[:, None], 8, 3, 0.1)
+    assert nothing.abs().max() < 1e-6 and effective.item() == pytest.approx(8)
+
+
+def test_degenerate_weights_are_not_trusted():
+    torch.manual_seed(0)
+    trusted, draws = part("TRUSTED"), 16
+    assert 1 < trusted < draws  # the effective number is never below 1
+    x = torch.zeros(64, 1)
+    violent = part("log_z_ratio")(mixture_1d(), lambda y: 1e4 * torch.sin(9 * y[:, 0]), x, draws, 2, 0.1)
+    assert violent[1] < trusted
+
+
+def test_heads_are_a_sum_of_small_networks():
+    torch.manual_seed(0)
+    f, y = part("Heads")(5, 3, width=4, depth=2, scale=2.0), torch.randn(7, 5)
+    by_hand = torch.zeros(7)
+    for k in range(3):
+        h = y @ f.W[2 * k:2 * k + 2].T
+        for weight, bias in zip(f.weights, f.biases):
+            h = torch.nn.functional.silu(h @ weight[k] + bias[k])
+        by_hand += 2 * (h @ f.last[k]).squeeze(1)
+    assert torch.allclose(f(y), by_hand, atol=1e-5)
+    at = torch.full((1, 5), 3.0)
+    f.init_first_layer_at(at, 3.0)
+    inner = (at @ f.W.T).view(3, 1, 2) @ f.weights[0] + f.biases[0]
+    assert inner.abs().max() < 1e-4  # every first-layer unit starts at the only sample
+
+
+# ------------------------------------------------------------------------------------------------ scores
+
+def mean_distance(m, s):
+    """E |z| of z ~ N(m, s^2)."""
+    return s * math.sqrt(2 / math.pi) * math.exp(-m * m / (2 * s * s)) + m * math.erf(m / (s * math.sqrt(2)))
+
+
+@pytest.mark.parametrize("shift, scale", [(0.0, 1.0), (0.3, 1.0), (0.0, 1.5)])
+def test_the_energy_distance_is_unbiased_and_its_error_true(shift, scale):
+    torch.manual_seed(0)
+    exact = 2 * mean_distance(shift, math.hypot(1, scale)) - mean_distance(0, math.sqrt(2)) * (1 + scale)
+    found = [truth.energy_distance(shift + scale * torch.randn(60, 1), torch.randn(60, 1)) for _ in range(400)]
+    energy, error, floor = torch.tensor(found).T
+    assert energy.mean().item() == pytest.approx(exact, abs=4 * energy.std().item() / 20)
+    assert error.mean() == pytest.approx(energy.std().item(), rel=0.5)
+    assert floor.mean().item() == pytest.approx(2 * mean_distance(0, math.sqrt(2)) / 60, rel=0.02)
+
+
+def test_directions_in_which_samples_differ_most():
+    torch.manual_seed(0)
+    a, b = torch.randn(5000, 4).double(), torch.randn(5000, 4).double() * torch.tensor([1.0, 9, 1, 1])
+    a[:, 1] *= 9
+    a[:, 2] += 1.0
+    a[:, 3] *= 1.3
+    found = part("widest_differences")(a, b)
+    assert found[2, 0].abs() > 0.95 * found[:, 0].norm() and found[3, 1].abs() > 0.95 * found[:, 1].norm()
+
+
+# ------------------------------------------------------------------------------------------------ whole runs
+
+def save(folder, **sets):
+    for name, rows in sets.items():
+        np.save(folder / f"{name}.npy", np.asarray(rows))
+    return [folder / "X.npy", folder / "Y.npy", "--device", "cpu", "--out", folder]
+
+
+def test_a_network_that_diverges_leaves_the_mixture_s_plan(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    x, y = cell_like(600, dim=2)
+    options = save(tmp_path, X=x, Y=y, NEW=x[:9]) + ["--smoke", "--map", tmp_path / "NEW.npy"]
+    learn = common.train_step
+
+    def bursts(net, opt, *batches):
+        gap = learn(net, opt, *batches)
+        if opt.param_groups[0]["lr"] and opt.state[net.heads.last]["step"] >= 4:
+            net.heads.last.data.fill_(math.nan)
+            return gap * math.nan
+        return gap
+
+    monkeypatch.setattr(common, "train_step", bursts)
+    output, values = here("train_points.py", *options)
+    assert "diverged: gap is nan at step 4" in output and "mixture" in output and final(output)["finished"] == 1
+    at_once = np.load(values["outputs"][-1])
+    state = checkpoint(tmp_path, os.path.basename(values["name"]))
+    kept = [v for name in ("net", "net_avg", "net_best", "plans") for v in state[name].values()]
+    assert all(torch.isfinite(v).all() for v in kept)
+    again, values = here("train_points.py", *options, "--resume")
+    assert "diverged" not in again and final(again)["steps"] == 4
+    assert np.array_equal(np.load(values["outputs"][-1]), at_once)
+
+
+def test_several_eps_and_times_and_the_mean_map(tmp_path):
+    torch.manual_seed(0)
+    x, y = cell_like(600, dim=3)
+    options = save(tmp_path, X=x, Y=y, NEW=x[:5]) + ["--smoke", "--eps", "0.1,1,0.3"]
+    output, values = here("train_points.py", *options, "--map", tmp_path / "NEW.npy", "--per-x", "2000",
+                          "--time", "0,0.5,1")
+    lines = [final(line) for line in output.splitlines() if line.startswith("final ")]
+    assert [line["eps"] for line in lines] == [1, 0.3, 0.1]
+    assert [line["noise_share"] for line in lines] == sorted((line["noise_share"] for line in lines), reverse=True)
+    *_, mean, mapped = values["outputs"]
+    assert "eps0.1" in os.path.basename(mean).split("seed0")[1]
+    mean, mapped = np.load(mean), np.load(mapped)
+    assert mean.shape == (5, 3) and mapped.shape == (5, 2000, 3, 3)
+    assert np.allclose(mapped[:, :, 0], x[:5, None].numpy(), atol=1e-6)
+    assert np.abs(mapped[:, :, 2].mean(1) - mean).max() < 0.15
+    noise = mapped[:, :, 1] - (mapped[:, :, 0] + mapped[:, :, 2]) / 2
+    assert noise.var() == pytest.approx(0.1 / 4, rel=0.1)  # of the bridge: eps t (1 - t)
+    for k, eps in enumerate((1, 0.3, 0.1)):  # the notebook's three lines
+        plan = mixture.load(values["outputs"][0], k)
+        assert plan.eps == pytest.approx(eps)
+    assert np.allclose(plan.mean(x[:5]).numpy(), mean, atol=1e-4)
+    density = plan.log_density(x[:5].repeat_interleave(2000, 0), torch.from_numpy(mapped[:, :, 2]).flatten(0, 1))
+    assert torch.isfinite(density).all()
+
+
+def test_a_gaussian_plan_in_one_dimension(tmp_path):
+    rng = np.random.default_rng(1)
+    options = save(tmp_path, X=rng.normal(size=(8000, 1)), Y=5 + 2 * rng.normal(size=(8000, 1)),
+                   NEW=np.array([[-1.0], [0.0], [2.0]]))
+    options += ["--eps", "0.5", "--map", tmp_path / "NEW.npy", "--per-x", "20000"]
+    output, values = here("train_points.py", *options)
+    mean, y = (np.load(path) for path in values["outputs"][-2:])
+    T = (math.sqrt(4 * 4 + 0.25) - 0.5) / 2  # T^2 + eps T = 4
+    assert final(output)["components"] == 1 and final(output)["noise_share"] == pytest.approx(0.5 * T / 4, rel=0.05)
+    assert np.allclose(y.mean(1)[:, 0], 5 + T * np.array([-1, 0, 2]), atol=0.1)
+    assert np.allclose(y[..., 0].var(1), 0.5 * T, rtol=0.06) and np.allclose(mean, y.mean(1), atol=0.05)
+
+
+def robust(kind, n=500, dim=3):
+    """The kinds of data on which earlier engines failed, in small."""
+    rng = np.random.default_rng(0)
+    x, y = (z.double().numpy() for z in cell_like(n, dim))
+    if kind == "Student t":
+        x, y = rng.standard_t(3, (n, dim)), 1 + rng.standard_t(3, (n, dim))
+    if kind == "outliers":
+        y[::100] *= 100
+    if kind == "equal rows":
+        y[rng.random(n) < 0.9] = y[0]
+    if kind == "60 rows":
+        x, y = x[:60], y[:60]
+    if kind == "few rows in many columns":
+        x, y = (z[:60] @ rng.normal(size=(dim, 100)) + 0.1 * rng.normal(size=(60, 100)) for z in (x, y))
+    if kind == "scales":
+        x, y = (z * np.logspace(-3, 3, dim) for z in (x, y))
+    if kind == "lattice":
+        x, y = (np.clip(np.round(z), -2, 2) for z in (x, y))
+    if kind == "uneven":
+        y = y[:80]
+    return x, y
+
+
+@pytest.mark.parametrize("kind", ["Student t", "outliers", "equal rows", "60 rows", "few rows in many columns",
+                                  "scales", "lattice", "uneven"])
+def test_hard_data_end_with_a_plan_at_the_floor_or_warned(kind, tmp_path):
+    x, y = robust(kind)
+    output, _ = here("train_points.py", *save(tmp_path, X=x, Y=y))
+    line = final(output)
+    assert math.isfinite(line["objective"]) and line["finished"] == 1
+    assert line["energy_ratio"] <= 1.5 or line["energy"] < 3 * line["energy_error"] or "warning: eps" in output
+
+
+def test_labels_and_weights(tmp_path):
+    """Two clusters that stay, 1 to 3 in X and 1 to 1 in Y; with X weighted to 1 to 1 no mass moves over."""
+    rng = np.random.default_rng(0)
+    side = {"X": rng.random(3000) < 0.25, "Y": rng.random(2000) < 0.5}
+    sets = {k: np.where(s[:, None], [-5.0, 0], [5.0, 0]) + rng.normal(size=(len(s), 2)) for k, s in side.items()}
+    options = save(tmp_path, **sets) + ["--smoke", "--eps", "0.5"]
+    for key, s in side.items():
+        (tmp_path / f"L{key}.txt").write_text("\n".join(np.where(s, "left", "right")))
+    np.save(tmp_path / "W.npy", np.where(side["X"], 3.0, 1.0))
+    options += ["--labels", tmp_path / "LX.txt", tmp_path / "LY.txt"]
+    for more, stay in ((), 2 / 3), (("--weights", tmp_path / "W.npy"), 1.0):
+        output, values = here("train_points.py", *options, *more)
+        names_x, names_y, plan, discrete = values["tables"][0]
+        assert list(names_x) == list(names_y) == ["left", "right"]
+        for table in (plan, discrete):
+            assert np.allclose(table.sum(1), 1) and np.allclose(table[1], [1 - stay, stay], atol=0.12)
+        assert f"pi,\"right\",{plan[1, 0]:.4f}" in output
+        assert (tmp_path / (os.path.basename(values["name"]) + "_labels.csv")).read_text().count("\n") == 5
