@@ -69,11 +69,11 @@ ETA, BOX = NOISE ** 2 / 2, 3.0  # Langevin step; pixels are clipped to +-BOX
 AT_WALL, WIDEST_GAP = 0.05, 3000.0  # share of clipped pixels, mean of 100 gaps that count as divergence
 RANK, PRIOR = 128, 0.02  # directions whose covariance the base knows; the share of its diagonal in it
 SCALE = EPS / NOISE ** 2  # of the net
-LR, WARMUP = 3e-3, 50    # of AdamW; rises in WARMUP steps, then falls to 0 by a cosine
+LR, WARMUP = {32: 3e-3, 64: 1.6e-3, 128: 1e-3}[SIDE], 50  # of AdamW; rises in WARMUP steps, then falls to 0 by a cosine
 BETAS, DECAY = (0.0, 0.99), 0.8  # decay of the weights, times LR, per step
 EMA_DECAY = 0.995        # of the weights, per step
 SCORES, SCORED = 9, 100  # times that the weights are scored, on so many translations
-VALIDATION, PATIENCE = 20, 5  # every 20th target is held out for that; the training ends so many scores after the best
+VALIDATION = 20          # every 20th target is held out for that
 TRIES = 4                # of a training that runs off, each at half the rate
 COLLAPSED = 0.7          # spread of the translations over that of real images; below, the log warns
 TRANSLATIONS, SHOWN = 2, 8  # of each test image; rows of the figure
@@ -259,7 +259,6 @@ for step in run:
         if order[0] == k:
             best.load_state_dict(net_avg.state_dict())
             bank.best_step.fill_(step)
-        bank.ended += k - order[0] >= PATIENCE
     if step in (marks := [round(part * STEPS) for part in EARLY]):
         bank.early[marks.index(step)] = translated(potential(net_avg), shown, 1)[:, 0]
     if due and bank.ended:
@@ -290,8 +289,8 @@ if args.translate:
 
 four, columns = translated(f, shown, 4), {"source": shown, "base": translated(base, shown, 1)[:, 0]}
 columns |= {f"at {100 * part:.0f} %": early for part, early in zip(EARLY, bank.early)}
-columns |= {"four translations": four.flatten(0, 1), "real": test_real[:len(shown)],
-            "nearest\nto the first": y[torch.cdist(four[:, 0].flatten(1), y.flatten(1)).argmin(1)]}
+nearest = y[torch.cdist(four[:, 0].flatten(1), y.flatten(1)).argmin(1)]
+columns |= {"four translations": four.flatten(0, 1), "nearest\nto the first": nearest, "real": test_real[:len(shown)]}
 images.save_panels(f"{name}.png", f"{os.path.basename(name)}, {run.step} steps, {run.seconds:.0f} s",
                    *((column, len(column) // len(shown), what) for what, column in columns.items()))
 done = bank.scores[:, 0].isfinite().cpu()
