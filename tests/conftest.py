@@ -95,7 +95,7 @@ def whole(name):
 # ------------------------------------------------------------------------------------------------ what they leave
 
 def checkpoint(folder, name):
-    path, = [path for path in pathlib.Path(folder).glob(f"{name}.pt") if "_pairs" not in path.name and "_real" not in path.name]
+    path, = (path for path in pathlib.Path(folder).glob(f"{name}.pt") if not path.stem.endswith(("_pairs", "_real")))
     return torch.load(path, weights_only=True)
 
 

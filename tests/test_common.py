@@ -44,7 +44,7 @@ class Bimodal:
 # ------------------------------------------------------------------------------------------------ in another project
 
 def test_common_imports_torch_only_and_does_nothing_on_import(tmp_path):
-    """No signal handler, hook, environment variable, random number or thread: a project that copies it keeps its own."""
+    """No signal handler, hook, environment variable, random number, thread: a project that copies it keeps its own."""
     with open(os.path.join(HERE, "common.py"), encoding="utf-8") as file:
         tree = ast.parse(file.read())
     imported = {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}

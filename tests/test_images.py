@@ -1,4 +1,4 @@
-"""Images: the lister, the reader to golden pixels, the network, the walk and Tweedie's step in closed form, the scores."""
+"""Images: the lister, reader to golden pixels, network, walk and Tweedie's step in closed form, scores."""
 import math
 import os
 
@@ -24,7 +24,7 @@ def refused(capsys, words, call, *args):
 # ------------------------------------------------------------------------------------------------ the lister
 
 def test_find_lists_images_and_says_what_it_leaves_out(tmp_path, capsys):
-    for name in ("b.JPG", "a.png", "c.Webp", "._a.png", ".DS_Store", "t.csv", "u.csv", "none", "__MACOSX/a.png", "e.ps"):
+    for name in ("b.JPG", "a.png", "c.Webp", "._a.png", ".DS_Store", "t.csv", "u.csv", "no", "__MACOSX/a.png", "e.ps"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     os.symlink("missing", tmp_path / "d.png")
@@ -77,10 +77,10 @@ def saved(path, image, **more):
     return images.open_image(path)
 
 
-@pytest.mark.parametrize("orientation, size, at", [(1, (40, 20), (0, 0)), (2, (40, 20), (39, 0)), (3, (40, 20), (39, 19)),
-                                                   (6, (20, 40), (19, 0)), (8, (20, 40), (0, 39))])
-def test_images_are_turned_as_their_exif_says(tmp_path, orientation, size, at):
-    image = saved(tmp_path / "a.png", picture(), exif=exif(orientation))
+@pytest.mark.parametrize("turn, size, at", [(1, (40, 20), (0, 0)), (2, (40, 20), (39, 0)), (3, (40, 20), (39, 19)),
+                                            (6, (20, 40), (19, 0)), (8, (20, 40), (0, 39))])
+def test_images_are_turned_as_their_exif_says(tmp_path, turn, size, at):
+    image = saved(tmp_path / "a.png", picture(), exif=exif(turn))
     assert image.size == size and image.getpixel(at) == WHITE and np.asarray(image).sum() == 3 * 255
 
 
@@ -163,7 +163,8 @@ def test_broken_files_are_named(tmp_path, capsys, monkeypatch):
 def fill(folder, n, mode="RGB", first=0):
     folder.mkdir(parents=True)
     for k in range(n):
-        Image.new(mode, (9, 9), 3 * (k + first) if mode == "L" else (3 * (k + first), 0, 9)).save(folder / f"{k:03d}.png")
+        shade = 3 * (k + first)
+        Image.new(mode, (9, 9), shade if mode == "L" else (shade, 0, 9)).save(folder / f"{k:03d}.png")
 
 
 def test_pairs_of_folders(tmp_path, capsys, monkeypatch):

@@ -1,4 +1,4 @@
-"""Images: the base's plan against the closed form in pixel space, its gradient, a known translation, runs and resumes."""
+"""Images: the base's plan against the closed form in pixel space, its gradient, a known translation, resumes."""
 import math
 import os
 import shutil
@@ -29,8 +29,8 @@ def whole(tmp_path_factory):
 def edited(tmp_path, **constants):
     """A copy of the script with other constants."""
     source = open(os.path.join(os.path.dirname(images.__file__), "train_images.py"), encoding="utf-8").read()
-    lines = "\n".join(f"{name} = {value}" for name, value in constants.items())
-    (tmp_path / "train_images.py").write_text(source.replace("LOG_EVERY, SCORE_EVERY =", f"{lines}\nLOG_EVERY, SCORE_EVERY ="))
+    lines, derived = "\n".join(f"{name} = {value}" for name, value in constants.items()), "LOG_EVERY, SCORE_EVERY ="
+    (tmp_path / "train_images.py").write_text(source.replace(derived, f"{lines}\n{derived}"))
     return tmp_path / "train_images.py"
 
 
@@ -133,9 +133,15 @@ def test_spread_order_puts_one_of_each_region_into_a_batch(whole):
 def test_chains_end_after_life_visits_and_the_young_teach_nothing():
     def visit(run, v):
         ages, seen = torch.zeros(len(v["bank"].x)), []
-        v["newborn"] = lambda first, n: (torch.full((n, *v["x"].shape[1:]), float(first)), 7 + torch.zeros(n, *v["x"].shape[1:]))
-        v["images"].walk, walk = (lambda f, x, y, *_: y + 1), v["images"].walk
-        v["common"].train_step, train_step = (lambda f, opt, pos, neg: seen.append(neg[:, 0, 0, 0]) or torch.zeros(())), v["common"].train_step
+        def learn(f, opt, y_pos, y_neg):
+            seen.append(y_neg[:, 0, 0, 0])
+            return torch.zeros(())
+
+        def newborn(first, n):
+            return tuple(torch.full((n, *v["x"].shape[1:]), float(value)) for value in (first, 7))
+
+        walk, train_step, v["newborn"] = v["images"].walk, v["common"].train_step, newborn
+        v["images"].walk, v["common"].train_step = (lambda f, x, y, *_: y + 1), learn
         try:
             for step in range(1, 40):
                 yield step
@@ -143,7 +149,8 @@ def test_chains_end_after_life_visits_and_the_young_teach_nothing():
             v["images"].walk, v["common"].train_step = walk, train_step
         return seen, v["GROUPS"], v["LIFE"], v["YOUNG"], v["BATCH"]
 
-    seen, groups, life, young, batch = in_loop(visit, "train_images.py", "--smoke", "--device", "cpu", SCORE_EVERY=10 ** 6)
+    options = "--smoke", "--device", "cpu"
+    seen, groups, life, young, batch = in_loop(visit, "train_images.py", *options, SCORE_EVERY=10 ** 6)
     for y in seen[groups * life:]:
         visits = y - 7
         assert len(y) == batch * (life - young) // life
