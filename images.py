@@ -200,12 +200,9 @@ class Pyramid(nn.Module):
         self.convs = nn.ModuleList([nn.Conv2d(channels, widths[0], 3, 1, 1)])
         self.convs.extend(nn.Conv2d(a, b, 4, 2, 1) for a, b in zip(widths, widths[1:]))
         sizes = [width * (side >> k) ** 2 for k, width in enumerate(widths)]
-        self.heads = nn.ModuleList(nn.Linear(size, outputs) for size in sizes)
+        self.heads = nn.ModuleList(common.zeroed(nn.Linear(size, outputs)) for size in sizes)
         self.hidden = nn.Linear(sizes[-1], hidden)
-        self.heads.append(nn.Linear(hidden, outputs))
-        for head in self.heads:
-            nn.init.zeros_(head.weight)
-            nn.init.zeros_(head.bias)
+        self.heads.append(common.zeroed(nn.Linear(hidden, outputs)))
 
     def forward(self, y):
         y, f = y.contiguous(memory_format=torch.channels_last), 0.0  # faster in it on a CPU

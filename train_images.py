@@ -34,11 +34,10 @@ import time
 import torch
 from PIL import Image, ImageColor, ImageDraw
 from scipy.optimize import linear_sum_assignment
-from torch import nn
 
 import common
 import images
-from mixture import gaussian_map
+from mixture import MainPlan
 from run import Run, WORLD, arguments, constants_of, fail, make_folder, number
 
 args = arguments(
@@ -119,57 +118,6 @@ name = os.path.join(args.out, f"images_{title}_{SIDE}_eps{EPS:g}_seed{SEED}_{IMA
 
 # ---------------------------------------------------------------------------------------------- potential
 
-class Base(nn.Module):
-    """The entropic plan between Gaussians with the means and covariances of both sets: full in the RANK main directions
-    V of both, which are turned so that S is diagonal, isotropic outside.  With the mean of all images taken off, p is
-    what is along V, o what is not.  NOISE^2 is added to the variances of y, 0.01^2 to those of x; no variance EPS S is
-    below ETA/2, or Langevin steps would run away.
-
-        f(y) = |y|^2/2 - sum (p - r)^2/(2 S) - |o - r_o|^2/(2 S_o)
-        pi_f(.|x) = N(r + S p_x, EPS S) along V, N(r_o + S_o o_x, EPS S_o) outside"""
-
-    def __init__(self, x, y):
-        super().__init__()
-        x, y = x.flatten(1), y.flatten(1)
-        mean, shift = (x.mean(0) + y.mean(0)) / 2, (y.mean(0) - x.mean(0)) / 2
-        away, noises = (x - x.mean(0), y - y.mean(0)), (0.01 ** 2, NOISE ** 2)
-        rows = torch.cat([*away, 2 * len(x) ** 0.5 * shift[None]])  # the shift too is a main direction
-        V = torch.svd_lowrank(rows, q=min(RANK + 20, *rows.shape), niter=3)[2][:, :RANK]
-        along = [a @ V for a in away]
-        P, Q = (p.T.double() @ p.double() / len(p) for p in along)
-        P, Q = (C.lerp(C.diag().diag(), PRIOR) + n * torch.eye(RANK).to(C) for C, n in zip((P, Q), noises))
-        s0, s1 = ((a.square().sum() - p.square().sum()) / len(a) / max(1, len(V) - RANK) + n
-                  for a, p, n in zip(away, along, noises))
-        S, turn = torch.linalg.eigh(gaussian_map(P, Q, EPS))
-        V, S = (V @ turn.float()).contiguous(), S.float().clamp_min(ETA / (2 * EPS))
-        S_o = (2 * s1 / ((4 * s0 * s1 + EPS ** 2) ** 0.5 + EPS)).clamp_min(ETA / (2 * EPS))
-        r, r_o = (1 + S) * (shift @ V), (1 + S_o) * (shift - shift @ V @ V.T)  # the means of x and y are -+ shift
-        for key, value in dict(mean=mean, V=V, S=S, S_o=S_o, r=r, r_o=r_o).items():
-            self.register_buffer(key, value)
-
-    def parts(self, y):
-        """-> p (B, RANK), o (B, C H W)."""
-        y = y.flatten(1) - self.mean
-        p = y @ self.V
-        return p, y - p @ self.V.T
-
-    def forward(self, y):
-        """f(y): (B, C, H, W) -> (B,)."""
-        p, o = self.parts(y)
-        away = ((p - self.r).square() / self.S).sum(1) + (o - self.r_o).square().sum(1) / self.S_o
-        return (p.square().sum(1) + o.square().sum(1) - away) / 2
-
-    @torch.no_grad()
-    def draw(self, x):
-        """y ~ pi_f(.|x), exactly: (B, C, H, W) -> the same."""
-        p, o = self.parts(x)
-        noise = math.sqrt(EPS) * torch.randn_like(o)
-        along = noise @ self.V
-        p = self.r + self.S * p + self.S.sqrt() * along
-        o = self.r_o + self.S_o * o + self.S_o.sqrt() * (noise - along @ self.V.T)
-        return (self.mean + p @ self.V.T + o).view_as(x)
-
-
 def potential(net):
     """f = base + SCALE net: (B, C, H, W) -> (B,)."""
     return lambda y: base(y) + SCALE * net(y).squeeze(1)
@@ -210,7 +158,8 @@ def score(f):
 
 # ---------------------------------------------------------------------------------------------- training
 
-base = Base(x, y).requires_grad_(False)
+# no variance EPS S is below ETA/2, or Langevin steps would run away
+base = MainPlan(x, y, EPS, RANK, (0.01 ** 2, NOISE ** 2), (ETA / (2 * EPS), None), PRIOR).requires_grad_(False)
 x, y = (s[spread_order(base.parts(s)[0][:, -8:])] for s in (x, y))
 net, net_avg, best = (images.Pyramid(SIDE, CHANNELS, WIDTHS, HIDDEN).to(device) for _ in range(3))
 for other in (net_avg, best):

@@ -9,7 +9,8 @@ import torch
 import ascent
 import mixture
 from ascent import MeanLogSum, anneal
-from mixture import Mixture, Plan, forms, gain_of, gaussian_map, gaussian_plan, noise_shares
+from common import quadratic_cost
+from mixture import MainPlan, Mixture, Plan, forms, gain_of, gaussian_map, gaussian_plan, noise_shares
 
 
 # ------------------------------------------------------------------------------------------------ closed forms
@@ -118,6 +119,91 @@ def test_the_gradient_at_once_is_that_of_autograd():
         assert one.item() == pytest.approx(two.item(), rel=1e-5)
         grads = [torch.autograd.grad(value, (plan.U, plan.d, plan.r), retain_graph=True) for value in (one, two)]
         assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*grads))
+
+
+# ------------------------------------------------------------------------------------------------ in main directions
+
+def gaussians(rank, eps=0.1):
+    """-> MainPlan of two sets of tiny images and its closed form in pixel space: S0, S1 (with the noise), means."""
+    torch.manual_seed(0)
+    noise = 0.1
+    x, y = (torch.randn(400, 12) @ torch.randn(12, 12) / 3 + torch.randn(12) for _ in range(2))
+    base = MainPlan(x.view(-1, 3, 2, 2), y.view(-1, 3, 2, 2), eps, rank, (0.01 ** 2, noise ** 2), (5e-7 / eps, None))
+    S0, S1 = (s.double().T.cov(correction=0) + n ** 2 * torch.eye(12) for s, n in ((x, 0.01), (y, noise)))
+    return base, S0, S1, x.double().mean(0), y.double().mean(0)
+
+
+def test_main_plan_is_the_plan_between_gaussians_in_pixel_space_with_noise():
+    eps = 0.1
+    base, S0, S1, m0, m1 = gaussians(12, eps)
+    T = gaussian_map(S0, S1, eps)
+    x = torch.randn(2, 3, 2, 2)
+    draws = base.draw(x.repeat_interleave(20000, 0)).flatten(1).double().view(2, 20000, 12)
+    expected = m1 + (x.flatten(1).double() - m0) @ T
+    scale = (eps * T.diagonal()).sqrt()
+    assert ((draws.mean(1) - expected).abs() / scale).max() < 0.03  # four standard errors
+    assert torch.allclose(base.map(x).flatten(1).double(), expected, atol=1e-4)
+    covariance = draws[0].T.cov()
+    assert ((covariance - eps * T).abs() / scale.outer(scale)).max() < 0.04
+    # so the law of y over Gaussian x is N(m1, S1): T S0 T + eps T = S1
+    assert torch.allclose(T @ S0 @ T + eps * T, S1, atol=1e-8)
+
+
+def test_main_plan_f_is_the_log_density_of_its_draws():
+    """exp((f(y) - |x-y|^2/2)/eps) is proportional to the density that draw follows: at 40 points, for two x."""
+    eps = 0.1
+    base, S0, S1, m0, m1 = gaussians(12, eps)
+    T = gaussian_map(S0, S1, eps)
+    for x in torch.randn(2, 1, 3, 2, 2):
+        y = base.draw(x.expand(40, -1, -1, -1))
+        log_p = (base(y) - (y - x).square().flatten(1).sum(1) / 2).double() / eps
+        away = y.flatten(1).double() - (m1 + (x.flatten(1).double() - m0) @ T)
+        exact = -((away @ torch.linalg.inv(T)) * away).sum(1) / (2 * eps)
+        assert (log_p - exact - (log_p - exact).mean()).abs().max() < 0.02
+
+
+def test_main_plan_outside_its_directions_is_isotropic_and_keeps_the_mean():
+    base, S0, S1, m0, m1 = gaussians(5)
+    V = base.V.double()
+    assert torch.allclose(V.T @ V, torch.eye(5).double(), atol=1e-5)
+    rest = torch.eye(12).double() - V @ V.T
+    s0, s1 = ((rest @ S @ rest).trace() / 7 for S in (S0, S1))
+    single = gaussian_map(s0.view(1, 1), s1.view(1, 1), 0.1).item()
+    assert base.S_o.item() == pytest.approx(single, rel=1e-4)
+    at_mean = base.draw(m0.float().view(1, 3, 2, 2).expand(20000, -1, -1, -1)).flatten(1).double()
+    assert (at_mean.mean(0) - m1).abs().max() < 0.02
+    o = at_mean @ rest
+    assert o.var(0).sum().item() == pytest.approx(0.1 * single * 7, rel=0.03)
+
+
+@pytest.mark.parametrize("rank", [5, 12])
+def test_gradient_of_the_main_plan(rank):
+    """y - V S^-1 (p - r) - (o - r_o)/S_o."""
+    base = gaussians(rank)[0]
+    y = torch.randn(6, 3, 2, 2, requires_grad=True)
+    p, o = base.parts(y.detach())
+    by_hand = p @ base.V.T + o - ((p - base.r) / base.S) @ base.V.T
+    by_hand -= (o - base.r_o) @ (torch.eye(12) - base.V @ base.V.T) / base.S_o
+    gradient, = torch.autograd.grad(base(y).sum(), y)
+    assert torch.allclose(gradient.flatten(1), by_hand, rtol=1e-3, atol=2e-3 * by_hand.abs().max().item())
+
+
+def test_main_plan_at_eps_0_is_the_optimal_map_between_gaussians():
+    """x gets the mean and covariance of y by a symmetric matrix, and T(x) minimises |x-y|^2/2 - f(y)."""
+    torch.manual_seed(0)
+    x, y = ((torch.randn(500, 4) @ torch.randn(4, 4) + torch.randn(4)).view(-1, 1, 2, 2) for _ in range(2))
+    start = MainPlan(x, y, 1e-6, 4, (1e-4, 1e-4), (1e-3, 1e3), outside=False, correction=1)
+    made = start.map(x)
+    assert torch.allclose(made.mean(0), y.mean(0), atol=1e-3)
+    assert torch.allclose(start.V.T @ start.V, torch.eye(4), atol=1e-5)  # S along V: a symmetric matrix
+    assert torch.allclose(torch.cov(made.flatten(1).T), torch.cov(y.flatten(1).T), atol=1e-2)
+    made.requires_grad_(True)
+    slope, = torch.autograd.grad((quadratic_cost(x, made) - start(made)).sum(), made)
+    assert slope.abs().max() < 1e-2 and start.S.min() > 0
+    start = MainPlan(x, y, 1e-6, 2, (1e-4, 1e-4), (0.9, 1.1), outside=False)
+    moves = (start.map(x) - x).flatten(1)
+    assert torch.allclose(moves, moves @ start.V @ start.V.T, atol=1e-5)  # outside V it is the identity
+    assert start.S.min() >= 0.899 and start.S.max() <= 1.101
 
 
 # ------------------------------------------------------------------------------------------------ the fit

@@ -1,5 +1,4 @@
-"""Images: the base's plan against the closed form in pixel space, its gradient, a known translation, resumes."""
-import math
+"""Images: the base's narrowest direction, the chains, a known translation, resumes."""
 import os
 import shutil
 import types
@@ -11,7 +10,6 @@ from PIL import Image
 
 import images
 from conftest import checkpoint, final, here, in_loop, refuses, same, signal_at
-from mixture import gaussian_map
 
 
 def command(out, *options):
@@ -35,83 +33,6 @@ def edited(tmp_path, **constants):
 
 
 # ------------------------------------------------------------------------------------------------ the base
-
-def base_of(values, x, y, **constants):
-    values["Base"].__init__.__globals__.update(constants)
-    return values["Base"](x, y)
-
-
-@pytest.fixture
-def gaussians(whole):
-    """-> Base of two sets of tiny images and its closed form in pixel space: S0, S1 (with the noise), means."""
-    kept = {k: whole.values[k] for k in ("RANK", "PRIOR", "NOISE", "ETA", "EPS")}
-
-    def make(rank, eps=0.1):
-        torch.manual_seed(0)
-        noise = 0.1
-        x, y = (torch.randn(400, 12) @ torch.randn(12, 12) / 3 + torch.randn(12) for _ in range(2))
-        base = base_of(whole.values, x.view(-1, 3, 2, 2), y.view(-1, 3, 2, 2), RANK=rank, PRIOR=0.0, NOISE=noise,
-                       ETA=1e-6, EPS=eps)
-        S0, S1 = (s.double().T.cov(correction=0) + n ** 2 * torch.eye(12) for s, n in ((x, 0.01), (y, noise)))
-        return base, S0, S1, x.double().mean(0), y.double().mean(0)
-
-    yield make
-    whole.values["Base"].__init__.__globals__.update(kept)
-
-
-def test_base_is_the_plan_between_gaussians_in_pixel_space_with_noise(gaussians):
-    eps = 0.1
-    base, S0, S1, m0, m1 = gaussians(12, eps)
-    T = gaussian_map(S0, S1, eps)
-    x = torch.randn(2, 3, 2, 2)
-    draws = base.draw(x.repeat_interleave(20000, 0)).flatten(1).double().view(2, 20000, 12)
-    expected = m1 + (x.flatten(1).double() - m0) @ T
-    scale = (eps * T.diagonal()).sqrt()
-    assert ((draws.mean(1) - expected).abs() / scale).max() < 0.03  # four standard errors
-    covariance = draws[0].T.cov()
-    assert ((covariance - eps * T).abs() / scale.outer(scale)).max() < 0.04
-    # so the law of y over Gaussian x is N(m1, S1): T S0 T + eps T = S1
-    assert torch.allclose(T @ S0 @ T + eps * T, S1, atol=1e-8)
-
-
-def test_base_f_is_the_log_density_of_its_draws(gaussians):
-    """exp((f(y) - |x-y|^2/2)/eps) is proportional to the density that draw follows: at 40 points, for two x."""
-    eps = 0.1
-    base, S0, S1, m0, m1 = gaussians(12, eps)
-    T = gaussian_map(S0, S1, eps)
-    for x in torch.randn(2, 1, 3, 2, 2):
-        y = base.draw(x.expand(40, -1, -1, -1))
-        log_p = (base(y) - (y - x).square().flatten(1).sum(1) / 2).double() / eps
-        away = y.flatten(1).double() - (m1 + (x.flatten(1).double() - m0) @ T)
-        exact = -((away @ torch.linalg.inv(T)) * away).sum(1) / (2 * eps)
-        assert (log_p - exact - (log_p - exact).mean()).abs().max() < 0.02
-
-
-def test_base_outside_its_directions_is_isotropic_and_keeps_the_mean(gaussians):
-    base, S0, S1, m0, m1 = gaussians(5)
-    V = base.V.double()
-    assert torch.allclose(V.T @ V, torch.eye(5).double(), atol=1e-5)
-    rest = torch.eye(12).double() - V @ V.T
-    s0, s1 = ((rest @ S @ rest).trace() / 7 for S in (S0, S1))
-    single = gaussian_map(s0.view(1, 1), s1.view(1, 1), 0.1).item()
-    assert base.S_o.item() == pytest.approx(single, rel=1e-4)
-    at_mean = base.draw(m0.float().view(1, 3, 2, 2).expand(20000, -1, -1, -1)).flatten(1).double()
-    assert (at_mean.mean(0) - m1).abs().max() < 0.02
-    o = at_mean @ rest
-    assert o.var(0).sum().item() == pytest.approx(0.1 * single * 7, rel=0.03)
-
-
-@pytest.mark.parametrize("rank", [5, 12])
-def test_gradient_of_the_base(gaussians, rank):
-    """y - V S^-1 (p - r) - (o - r_o)/S_o."""
-    base = gaussians(rank)[0]
-    y = torch.randn(6, 3, 2, 2, requires_grad=True)
-    p, o = base.parts(y.detach())
-    by_hand = p @ base.V.T + o - ((p - base.r) / base.S) @ base.V.T
-    by_hand -= (o - base.r_o) @ (torch.eye(12) - base.V @ base.V.T) / base.S_o
-    gradient, = torch.autograd.grad(base(y).sum(), y)
-    assert torch.allclose(gradient.flatten(1), by_hand, rtol=1e-3, atol=2e-3 * by_hand.abs().max().item())
-
 
 def test_no_direction_is_too_narrow_for_the_step(whole):
     """A Langevin step is stable where the variance EPS S is above ETA/4."""
