@@ -117,7 +117,7 @@ def test_the_last_of_the_weights_that_noise_cannot_tell_from_the_best_are_kept(w
     assert v["total"](torch.tensor([[-0.1, 0.2, 0.9, 1.0, 1.0], [0.1, -0.2, 1.3, 1.0, 1.0]])).tolist() == \
         pytest.approx([0.21, 0.13])
     totals = v["total"](v["bank"].scores)[:v["SCORES"] + 1].tolist()
-    good = [k for k, value in enumerate(totals) if value <= min(totals[:k + 1]) + 2 * v["noise"].item()]
+    good = [k for k, value in enumerate(totals) if value <= min(totals[:k + 1]) + 3 * v["noise"].item()]
     assert final(whole.output)["best_step"] == good[-1] * v["SCORE_EVERY"]
     torch.manual_seed(1)  # its definition, over other draws
     rows = [torch.randperm(len(v["y"]))[:len(v["some"])] for _ in range(100)]
