@@ -1,6 +1,8 @@
 """pairs.py: the known plans are plans, the scores by hand, the table through the user's door."""
 import math
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,8 +13,16 @@ from conftest import here
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    """The script's globals, and what it printed, of its smoke run."""
-    output, values = here("pairs.py", "--smoke", "--device", "cpu", "--out", tmp_path_factory.mktemp("pairs"))
+    """The script's globals, and what it printed, of its smoke run, which starts train_points.py in this process."""
+    def in_process(argv, cwd):
+        assert argv[0] == sys.executable
+        patch.chdir(cwd)
+        here(*argv[1:])
+        return subprocess.CompletedProcess(argv, 0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "run", in_process)
+        output, values = here("pairs.py", "--smoke", "--device", "cpu", "--out", tmp_path_factory.mktemp("pairs"))
     return {**values, "output": output}
 
 
