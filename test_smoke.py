@@ -152,8 +152,8 @@ def gpu_check(device, warm, steps, *more):
 
     def in_script(visit, name, device):
         (script, *options), constants = GPU_CHECK[name]
-        gc.collect()  # of the script before, which the peak must not count
         if device == "cuda":
+            gc.collect()  # of the script before, which the peak must not count
             torch.cuda.reset_peak_memory_stats()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(digits, "load_digits", lambda root, digit, train, *_: digits.synthetic_digits(

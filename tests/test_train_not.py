@@ -69,7 +69,8 @@ def folders(path, varied=True):
 def folder_run(tmp_path_factory):
     """A smoke run on two folders: where it writes, output, globals."""
     path = tmp_path_factory.mktemp("folders")
-    return path / "out", *here("train_not.py", "--smoke", "--out", path / "out", "--data-set", *folders(path))
+    options = "--smoke", "--out", path / "out", "--data-set", *folders(path)
+    return path / "out", *here("train_not.py", *options, draw=True)
 
 
 def test_folders_of_images(folder_run):
