@@ -2,12 +2,10 @@
 import contextlib
 import functools
 import io
-import math
 import os
 import pathlib
 import runpy
 import signal
-import subprocess
 import sys
 import tempfile
 
@@ -41,12 +39,9 @@ RUNS = {
 
 # ------------------------------------------------------------------------------------------------ running scripts
 
-def command(script, *options, prelude="", folder=HERE):
+def command(script, *options, prelude):
     """A script's command line for subprocess.  prelude: Python to run first in the process."""
-    argv = [os.path.join(folder, script), *map(str, options)]
-    if not prelude:
-        return [sys.executable, *argv]
-    head = f"import sys, runpy; sys.path.insert(0, {str(folder)!r}); sys.argv = {argv!r}"
+    head = f"import sys, runpy; sys.path.insert(0, {HERE!r}); sys.argv = {[*map(str, (script, *options))]!r}"
     return [sys.executable, "-c", f"{head}\n{prelude}\nrunpy.run_path(sys.argv[0], run_name='__main__')"]
 
 

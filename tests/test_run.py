@@ -213,7 +213,7 @@ run.Run.due = interrupted"""
             process = subprocess.Popen(
                 command(folder / "train_short.py", "--out", folder / "out", prelude=wait_at_12), stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE if console == "head has ended" else full, text=True, stderr=subprocess.PIPE,
-                preexec_fn=lambda: console == "closed" and os.close(1), env={**os.environ, "PYTHONPATH": HERE})
+                preexec_fn=lambda: console == "closed" and os.close(1))
         started[console] = process, folder / "out"
     return started
 
@@ -265,7 +265,7 @@ def test_a_run_with_a_fallback_goes_on_after_divergence_and_saves_nothing(tmp_pa
 def test_a_second_run_into_the_same_files_is_refused_while_the_first_lives(tmp_path, short):
     wait = "import run; run.Run.due = lambda self: print('at', self.step, flush=True) or sys.stdin.read()"
     first = subprocess.Popen(command(short.script, "--out", tmp_path, prelude=wait), stdin=subprocess.PIPE,
-                             stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": HERE})
+                             stdout=subprocess.PIPE, text=True)
     try:
         assert first.stdout.readline() == "at 1\n"
         for options in ((), ("--resume",)):
