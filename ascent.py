@@ -54,6 +54,18 @@ class MeanLogSum(torch.autograd.Function):
         return None, *(g * (grad / ctx.n) for g in ctx.saved_tensors)
 
 
+def k_means(y, k, steps=20):
+    """Centres (k, D) of y (n, D): k-means++, then `steps` of Lloyd's."""
+    centres = y[torch.randint(len(y), (1,), device=y.device)]
+    while len(centres) < k:
+        far = torch.cdist(y, centres).amin(1).square() + 1e-30
+        centres = torch.cat([centres, y[torch.multinomial(far, 1)]])
+    for _ in range(steps):
+        near = F.one_hot(torch.cdist(y, centres).argmin(1), k).to(y.dtype)
+        centres = torch.where(near.sum(0)[:, None] > 0, near.T @ y / near.sum(0).clamp_min(1)[:, None], centres)
+    return centres
+
+
 @torch.no_grad()
 def start(plan, x, y, prior):
     """Parts of Q by k-means, all x in every part: as at large eps, where y hardly depends on x."""
@@ -195,18 +207,6 @@ def ascend(plan, x, y, near, climbs, stirs):
             value = before
     plan.load_state_dict(best[1])
     return stirred
-
-
-def k_means(y, k, steps=20):
-    """Centres (k, D) of y (n, D): k-means++, then `steps` of Lloyd's."""
-    centres = y[torch.randint(len(y), (1,), device=y.device)]
-    while len(centres) < k:
-        far = torch.cdist(y, centres).amin(1).square() + 1e-30
-        centres = torch.cat([centres, y[torch.multinomial(far, 1)]])
-    for _ in range(steps):
-        near = F.one_hot(torch.cdist(y, centres).argmin(1), k).to(y.dtype)
-        centres = torch.where(near.sum(0)[:, None] > 0, near.T @ y / near.sum(0).clamp_min(1)[:, None], centres)
-    return centres
 
 
 # ------------------------------------------------------------------------------------------------ all stages
