@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from mixture import Mixture, Plan, covariance_within, gain_of, gaussian_map, gaussian_plan, noise_shares
 
 ROWS_PER_RANK = 15       # rows of a component's own that carry a column of its U
-ROWS_PER_COMPONENT = 50  # fewer are not tried
+ROWS_PER_COMPONENT, ROWS_PER_COLUMN = 50, 0.5  # at least so many for a component: of fewer its mean is noise
 SIZES = (5, 20, 40, 60, 100, 200, 400)  # components
 COOLING = 10 ** 0.5      # at most, from stage to stage: eps falls from the mean cost down
 CLIMBS, STIRS = 30, 50   # steps of L-BFGS and of Adam; at the eps asked for twice as many of Adam
@@ -221,7 +221,7 @@ def anneal(x, y, near, epses, say=lambda plan, what, left: None, sizes=SIZES, cl
     dim, n, few = x.shape[1], min(len(x), len(y)), (x[:FEW], y[:FEW])
     prior, top = dim / n, max((x.var(0).sum() + y.var(0).sum()).item() / 2, max(epses))
     best, found = gaussian_plan(x, y, top), None
-    for components in (k for k in sizes if k * ROWS_PER_COMPONENT <= n):
+    for components in (k for k in sizes if k * max(ROWS_PER_COMPONENT, ROWS_PER_COLUMN * dim) <= n):
         rank = min(dim, n // (components * ROWS_PER_RANK))
         new = Mixture(dim, components, rank, top).to(x.device)
         start(new, *few, prior)

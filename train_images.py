@@ -21,10 +21,12 @@ digits, targets get noise of deviation NOISE, and decay of the weights keeps f s
 draw of the base's plan, lives for LIFE visits of N_LANGEVIN steps and ends.  A translation does what chains do: where
 these lived longer, or through many more steps of the training, f was wrong where translations ended.
 
-Weights are scored on images held out for this alone: see images.translation_scores.  The best are kept; a training
-that runs off goes back to them at half the rate: whatever happens there is a plan, if only the base's.  The last line
-scores the test sources' translations; `control base` those of the base alone, `control retrieval` training targets
-paired with the sources by discrete OT: a score that a control reaches too is no evidence.
+Weights are scored on images held out for this alone: see images.translation_scores.  So few images tell a run-off,
+but not which of two good scores is better: of the weights whose score the noise cannot tell from the best, the last are
+kept, as the rate was lowest there.  A training that runs off goes back to those kept at half the rate: whatever
+happens there is a plan, if only the base's.  The last line scores the test sources' translations; `control base` those
+of the base alone, `control retrieval` training targets paired with the sources by discrete OT: a score that a control
+reaches too is no evidence.
 """
 import hashlib
 import math
@@ -73,6 +75,7 @@ BETAS, DECAY = (0.0, 0.99), 0.8  # decay of the weights, times LR, per step
 EMA_DECAY = 0.995        # of the weights, per step
 SCORES, SCORED = 9, 100  # times that the weights are scored, on so many translations
 VALIDATION = 20          # every 20th target is held out for that
+DOUBT, DRAWS = 2.0, 20   # deviations of a score's noise that keep the later weights, and how often it is drawn
 TRIES = 4                # of a training that runs off, each at half the rate
 COLLAPSED = 0.7          # spread of the translations over that of real images; below, the log warns
 TRANSLATIONS, SHOWN = 2, 8  # of each test image; rows of the figure
@@ -147,13 +150,25 @@ def translated(f, x, n):
         return images.translate(f, base.draw, x, n, EPS, NOISE, ETA, (YOUNG + LIFE) // 2 * N_LANGEVIN, BOX)
 
 
-def score(f):
-    """-> the CURVES of some training sources' translations, against targets held out."""
-    some = x[::max(1, len(x) // SCORED)]
-    scores = images.translation_scores(some, translated(f, some, 1), valid, y)
+def score(z):
+    """-> the CURVES of translations z of some training sources, against targets held out."""
+    scores = images.translation_scores(some, z[:, None], valid, y)
     if scores["spread"] < COLLAPSED:
         print(f"warning: the translations are only {scores['spread']:.2f} times as varied as real images: a collapse")
-    return torch.tensor([scores[what] for what in CURVES], device=device)
+    return torch.tensor([scores[what] for what in CURVES], device=device).nan_to_num(1e3)  # nan, of a run-off
+
+
+def total(scores):
+    """What weights are chosen by, the less the better, of (..., len(CURVES))."""
+    energy, detail, nearest = scores.unbind(-1)[:3]
+    return energy.relu() + detail.relu() + 0.1 * (nearest - 1).abs()  # below 0: noise
+
+
+def noise_of_total():
+    """Standard deviation of total over real targets in place of translations."""
+    draws = torch.Generator().manual_seed(SEED)
+    rows = [torch.randperm(len(y), generator=draws)[:len(some)].to(device) for _ in range(DRAWS)]
+    return torch.stack([total(score(y[few])) for few in rows]).std()
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -161,6 +176,7 @@ def score(f):
 # no variance EPS S is below ETA/2, or Langevin steps would run away
 base = MainPlan(x, y, EPS, RANK, (0.01 ** 2, NOISE ** 2), (ETA / (2 * EPS), None), PRIOR).requires_grad_(False)
 x, y = (s[spread_order(base.parts(s)[0][:, -8:])] for s in (x, y))
+some = x[::max(1, len(x) // SCORED)]
 net, net_avg, best = (images.Pyramid(SIDE, CHANNELS, WIDTHS, HIDDEN).to(device) for _ in range(3))
 for other in (net_avg, best):
     other.requires_grad_(False).load_state_dict(net.state_dict())
@@ -170,7 +186,7 @@ zero, shown = torch.zeros((), device=device), test_x[::math.ceil(len(test_x) / S
 scores = torch.full((STEPS // SCORE_EVERY + 2, len(CURVES)), math.inf)
 bank = common.Bank(*newborn(0, GROUPS * BATCH), gap=zero, rate=zero + 1, ended=zero, best_step=zero, scores=scores,
                    early=torch.stack([shown, shown])).to(device)
-bank.scores[0] = score(base)
+bank.scores[0], noise = score(translated(base, some, 1)[:, 0]), noise_of_total()
 print(f"{len(x)} sources, {len(y)} targets and {len(valid)} to choose by, {len(test_x)} and {len(test_real)} to test, "
       f"{CHANNELS} x {SIDE} x {SIDE}")
 
@@ -190,7 +206,8 @@ for step in run:
     bank.gap += 0.01 * (gap - bank.gap)
     common.update_ema(net_avg, net, EMA_DECAY, step)
     due, at_wall = run.due(), (y_now.abs() == BOX).float().mean()
-    if due and not (bank.gap.abs() < WIDEST_GAP and at_wall < AT_WALL):  # nan too
+    ran_off = due and not (bank.gap.abs() < WIDEST_GAP and at_wall < AT_WALL)  # nan too
+    if ran_off:
         bank.rate /= 2
         rate = bank.rate.item()
         print(f"warning: the training ran off at step {step}: back to the best weights, the rate times {bank.rate:g}")
@@ -202,10 +219,9 @@ for step in run:
         bank.ended += bank.rate < 0.5 ** TRIES
     if step % SCORE_EVERY == 0 or step == STEPS:
         k = -(-step // SCORE_EVERY)
-        bank.scores[k] = score(potential(net_avg))
-        energy, detail, nearest = bank.scores[:k + 1, :3].T
-        order = (energy.relu() + detail.relu() + 0.1 * (nearest - 1).abs()).argsort(stable=True)  # below 0: noise
-        if order[0] == k:
+        bank.scores[k] = score(translated(potential(net_avg), some, 1)[:, 0])
+        totals = total(bank.scores[:k + 1])
+        if totals[k] <= totals.min() + DOUBT * noise and not ran_off:
             best.load_state_dict(net_avg.state_dict())
             bank.best_step.fill_(step)
     if step in (marks := [round(part * STEPS) for part in EARLY]):

@@ -297,7 +297,7 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path, short):
     short()
     before = short.path.read_bytes()
     with disk_of(1000):
-        refuses(short(code=2), "cannot write", "untouched")
+        refuses(short(code=2), "cannot write", "File too large", "untouched")
     assert short.path.read_bytes() == before and written(tmp_path) == {"script", "short_seed0.pt"}
 
 

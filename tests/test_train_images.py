@@ -109,6 +109,19 @@ def test_a_finished_run_translates_as_it_did(whole, tmp_path):
     assert same(checkpoint(tmp_path, whole.name), checkpoint(whole.out, whole.name))
 
 
+def test_the_last_of_the_weights_that_noise_cannot_tell_from_the_best_are_kept(whole):
+    v = whole.values
+    assert v["total"](torch.tensor([[-0.1, 0.2, 0.9, 1.0, 1.0], [0.1, -0.2, 1.3, 1.0, 1.0]])).tolist() == \
+        pytest.approx([0.21, 0.13])
+    totals = v["total"](v["bank"].scores)[:v["SCORES"] + 1].tolist()
+    good = [k for k, value in enumerate(totals) if value <= min(totals[:k + 1]) + 2 * v["noise"].item()]
+    assert final(whole.output)["best_step"] == good[-1] * v["SCORE_EVERY"]
+    torch.manual_seed(1)  # its definition, over other draws
+    rows = [torch.randperm(len(v["y"]))[:len(v["some"])] for _ in range(100)]
+    spread = torch.stack([v["total"](v["score"](v["y"][few])) for few in rows]).std().item()
+    assert v["noise"].item() == pytest.approx(spread, rel=0.5)  # 20 draws know a deviation to a sixth
+
+
 def test_a_training_that_runs_off_ends_with_a_plan(tmp_path):
     script = edited(tmp_path, LR=1e30, WARMUP=1, TRIES=1)
     output, v = here(script, "--smoke", "--device", "cpu", "--out", tmp_path)

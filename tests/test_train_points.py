@@ -84,18 +84,34 @@ def test_degenerate_weights_are_not_trusted():
 
 def test_heads_are_a_sum_of_small_networks():
     torch.manual_seed(0)
-    f, y = part("Heads")(5, 3, width=4, depth=2, scale=2.0), torch.randn(7, 5)
+    at, A, y = torch.full((1, 5), 3.0), torch.randn(5, 5), torch.randn(7, 5)
+    f = part("Heads")(at, A, torch.randn(3, 2, 5), 4, 2, 2.0, 3.0)
+    assert not f(y).any()
+    torch.nn.init.normal_(f.last)
     by_hand = torch.zeros(7)
     for k in range(3):
-        h = y @ f.W[2 * k:2 * k + 2].T
+        h = y @ A @ f.W[2 * k:2 * k + 2].T
         for weight, bias in zip(f.weights, f.biases):
             h = torch.nn.functional.silu(h @ weight[k] + bias[k])
         by_hand += 2 * (h @ f.last[k]).squeeze(1)
-    assert torch.allclose(f(y), by_hand, atol=1e-5)
-    at = torch.full((1, 5), 3.0)
-    f.init_first_layer_at(at, 3.0)
-    inner = (at @ f.W.T).view(3, 1, 2) @ f.weights[0] + f.biases[0]
+    assert torch.allclose(f(y), by_hand, atol=1e-4)
+    inner = (at @ A @ f.W.T).view(3, 1, 2) @ f.weights[0] + f.biases[0]
     assert inner.abs().max() < 1e-4  # every first-layer unit starts at the only sample
+
+
+def test_a_pair_of_axes_lies_in_one_independent_part():
+    """Two rolls and a ring, side by side and turned: each pair of axes is in the plane of one, each plane has one."""
+    torch.manual_seed(0)
+    turns = 2 * math.pi * torch.rand(8000)
+    ring = torch.stack([turns.cos(), turns.sin()], 1) + 0.1 * torch.randn(8000, 2)
+    parts = torch.cat([truth.swiss_roll(8000), truth.swiss_roll(8000), ring], 1)
+    values, vectors = torch.linalg.eigh(torch.cov(parts.T))
+    white, turn = vectors / values.sqrt() @ vectors.T, torch.linalg.qr(torch.randn(6, 6))[0]
+    pairs = part("dependent_axes")((parts - parts.mean(0)) @ white @ turn, 6, 60)
+    shares = (pairs @ turn.T).square().view(6, 2, 3, 2).sum(3)  # of each axis in each plane
+    assert torch.allclose(pairs @ pairs.mT, torch.eye(2).expand(6, 2, 2), atol=1e-4)
+    assert (shares.amax(2) > 0.98).all() and torch.equal(shares[:, 0].argmax(1), shares[:, 1].argmax(1))
+    assert torch.bincount(shares[:, 0].argmax(1)).tolist() == [2, 2, 2]
 
 
 # ------------------------------------------------------------------------------------------------ scores
@@ -220,8 +236,8 @@ def test_a_network_that_diverges_leaves_the_mixture_s_plan(tmp_path, monkeypatch
 
     def bursts(net, opt, *batches):
         gap = learn(net, opt, *batches)
-        if opt.param_groups[0]["lr"] and opt.state[net.heads.last]["step"] >= 4:
-            net.heads.last.data.fill_(math.nan)
+        if opt.param_groups[0]["lr"] and opt.state[net.last]["step"] >= 4:
+            net.last.data.fill_(math.nan)
             return gap * math.nan
         return gap
 
