@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from mixture import Mixture, Plan, covariance_within, gain_of, gaussian_map, gaussian_plan, noise_shares
 
 ROWS_PER_RANK = 15       # rows of a component's own that carry a column of its U
-ROWS_PER_COMPONENT = 50  # fewer are not tried
+ROWS_PER_COMPONENT, ROWS_PER_COLUMN = 50, 0.5  # at least so many for a component: of fewer its mean is noise
 SIZES = (5, 20, 40, 60, 100, 200, 400)  # components
 COOLING = 10 ** 0.5      # at most, from stage to stage: eps falls from the mean cost down
 CLIMBS, STIRS = 30, 50   # steps of L-BFGS and of Adam; at the eps asked for twice as many of Adam
@@ -52,6 +52,18 @@ class MeanLogSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return None, *(g * (grad / ctx.n) for g in ctx.saved_tensors)
+
+
+def k_means(y, k, steps=20):
+    """Centres (k, D) of y (n, D): k-means++, then `steps` of Lloyd's."""
+    centres = y[torch.randint(len(y), (1,), device=y.device)]
+    while len(centres) < k:
+        far = torch.cdist(y, centres).amin(1).square() + 1e-30
+        centres = torch.cat([centres, y[torch.multinomial(far, 1)]])
+    for _ in range(steps):
+        near = F.one_hot(torch.cdist(y, centres).argmin(1), k).to(y.dtype)
+        centres = torch.where(near.sum(0)[:, None] > 0, near.T @ y / near.sum(0).clamp_min(1)[:, None], centres)
+    return centres
 
 
 @torch.no_grad()
@@ -197,18 +209,6 @@ def ascend(plan, x, y, near, climbs, stirs):
     return stirred
 
 
-def k_means(y, k, steps=20):
-    """Centres (k, D) of y (n, D): k-means++, then `steps` of Lloyd's."""
-    centres = y[torch.randint(len(y), (1,), device=y.device)]
-    while len(centres) < k:
-        far = torch.cdist(y, centres).amin(1).square() + 1e-30
-        centres = torch.cat([centres, y[torch.multinomial(far, 1)]])
-    for _ in range(steps):
-        near = F.one_hot(torch.cdist(y, centres).argmin(1), k).to(y.dtype)
-        centres = torch.where(near.sum(0)[:, None] > 0, near.T @ y / near.sum(0).clamp_min(1)[:, None], centres)
-    return centres
-
-
 # ------------------------------------------------------------------------------------------------ all stages
 
 @torch.no_grad()
@@ -221,7 +221,7 @@ def anneal(x, y, near, epses, say=lambda plan, what, left: None, sizes=SIZES, cl
     dim, n, few = x.shape[1], min(len(x), len(y)), (x[:FEW], y[:FEW])
     prior, top = dim / n, max((x.var(0).sum() + y.var(0).sum()).item() / 2, max(epses))
     best, found = gaussian_plan(x, y, top), None
-    for components in (k for k in sizes if k * ROWS_PER_COMPONENT <= n):
+    for components in (k for k in sizes if k * max(ROWS_PER_COMPONENT, ROWS_PER_COLUMN * dim) <= n):
         rank = min(dim, n // (components * ROWS_PER_RANK))
         new = Mixture(dim, components, rank, top).to(x.device)
         start(new, *few, prior)

@@ -2,18 +2,17 @@
 import contextlib
 import functools
 import io
-import math
 import os
 import pathlib
 import runpy
 import signal
-import subprocess
 import sys
 import tempfile
 
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 if HERE not in sys.path:
@@ -40,36 +39,28 @@ RUNS = {
 
 # ------------------------------------------------------------------------------------------------ running scripts
 
-def command(script, *options, prelude="", folder=HERE):
+def command(script, *options, prelude):
     """A script's command line for subprocess.  prelude: Python to run first in the process."""
-    argv = [os.path.join(folder, script), *map(str, options)]
-    if not prelude:
-        return [sys.executable, *argv]
-    head = f"import sys, runpy; sys.path.insert(0, {str(folder)!r}); sys.argv = {argv!r}"
+    head = f"import sys, runpy; sys.path.insert(0, {HERE!r}); sys.argv = {[*map(str, (script, *options))]!r}"
     return [sys.executable, "-c", f"{head}\n{prelude}\nrunpy.run_path(sys.argv[0], run_name='__main__')"]
 
 
-def run(script, *options, cwd, code=0, folder=HERE, env={}):
-    """Run a script as a user does, from the folder cwd -> its output.  env: further environment variables."""
-    argv = command(script, *options, folder=folder)
-    done = subprocess.run(argv, cwd=cwd, capture_output=True, text=True, timeout=150, env={**os.environ, **env})
-    assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
-    assert "Traceback" not in done.stderr, done.stderr
-    return done.stdout + done.stderr
-
-
-def here(script, *options, code=0):
-    """The same in this process, without the seconds that imports take -> its output and globals (None if it failed)."""
+def here(script, *options, code=0, draw=False):
+    """Run a script as a user does, but in this process, without the seconds that imports take -> its output and globals
+    (None if it failed).  A figure takes as long as a small run: it is an empty file unless draw."""
     handlers, argv = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}, sys.argv
     ended, values, output, threads = 0, None, io.StringIO(), torch.get_num_threads()
+    savefig = Figure.savefig
     try:
+        if not draw:
+            Figure.savefig = lambda *_, **__: None
         sys.argv = [*map(str, (script, *options))]
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             values = runpy.run_path(os.path.join(HERE, script), run_name="__main__")
     except SystemExit as end:
         ended = end.code or 0
     finally:
-        sys.argv = argv
+        sys.argv, Figure.savefig = argv, savefig
         plt.close("all")
         torch.set_flush_denormal(False)
         torch.set_num_threads(threads)
@@ -79,17 +70,17 @@ def here(script, *options, code=0):
     return output.getvalue(), values
 
 
-def smoke(name, out, *more, code=0):
+def smoke(name, out, *more, code=0, draw=False):
     """One of RUNS into the folder out, in this process -> its output and globals."""
     script, *options = (option.format(out=out, none=os.path.join(KEPT.name, "none")) for option in RUNS[name])
-    return here(script, "--smoke", "--device", "cpu", "--out", out, *options, *more, code=code)
+    return here(script, "--smoke", "--device", "cpu", "--out", out, *options, *more, code=code, draw=draw)
 
 
 @functools.cache  # one run each for all tests
 def whole(name):
-    """An uninterrupted run: its folder, output and globals."""
+    """An uninterrupted run, its figures drawn: its folder, output and globals."""
     folder = pathlib.Path(KEPT.name, name.replace("*", ""))
-    return folder, *smoke(name, folder)
+    return folder, *smoke(name, folder, draw=True)
 
 
 # ------------------------------------------------------------------------------------------------ what they leave

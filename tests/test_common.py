@@ -3,14 +3,16 @@ import ast
 import math
 import os
 import re
+import runpy
 import shutil
-import subprocess
+import signal
 import sys
+import threading
 
 import numpy as np
 import pytest
 import torch
-from conftest import HERE, RUNS, final, run, whole
+from conftest import HERE, RUNS, final, here, whole
 
 import common
 
@@ -43,30 +45,40 @@ class Bimodal:
 
 # ------------------------------------------------------------------------------------------------ in another project
 
-def test_common_imports_torch_only_and_does_nothing_on_import(tmp_path):
+def test_common_imports_torch_only_and_does_nothing_on_import():
     """No signal handler, hook, environment variable, random number, thread: a project that copies it keeps its own."""
     with open(os.path.join(HERE, "common.py"), encoding="utf-8") as file:
         tree = ast.parse(file.read())
     imported = {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
     imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert imported == {"math", "torch", "torch.nn.functional"}
-    shutil.copy(os.path.join(HERE, "common.py"), tmp_path)
-    state = "signal.getsignal(2), signal.getsignal(15), sys.excepthook, sys.stdout, dict(os.environ), " \
-            "torch.get_rng_state().sum().item(), torch.get_num_threads(), torch.is_grad_enabled()"
-    probe = f"import os, signal, sys, torch; before = {state}; import common; assert before == ({state})"
-    subprocess.run([sys.executable, "-c", probe], cwd=tmp_path, check=True)
+
+    def state():
+        return (signal.getsignal(2), signal.getsignal(15), sys.excepthook, sys.stdout, dict(os.environ),
+                torch.get_rng_state().sum().item(), torch.get_num_threads(), threading.active_count(),
+                torch.is_grad_enabled(), torch.get_default_dtype())
+
+    before = state()
+    runpy.run_path(os.path.join(HERE, "common.py"))
+    assert state() == before
 
 
-def test_readme_example_copies_into_another_project(tmp_path):
+def test_readme_example_copies_into_another_project(tmp_path, monkeypatch):
     with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
         block = re.search(r"<!-- tested: train_toy.py -->\n```python\n(.*?)```", file.read(), re.S).group(1)
-    for room in ("common.py", "run.py", "truth.py"):
-        shutil.copy(os.path.join(HERE, room), tmp_path)
+    rooms = "common", "run", "truth"
+    for room in rooms:
+        shutil.copy(os.path.join(HERE, f"{room}.py"), tmp_path)
     with open(os.path.join(HERE, "train_toy.py"), encoding="utf-8") as file:
         script = file.read()
     start = script.index("def source(")
     (tmp_path / "train_mine.py").write_text(script[:start] + block + "\n\n" + script[script.index("# ----", start):])
-    output = run("train_mine.py", "--smoke", "--out", str(tmp_path), cwd=tmp_path, folder=str(tmp_path))
+    for name, module in list(sys.modules.items()):
+        if os.path.dirname(getattr(module, "__file__", None) or "") == HERE:
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *(path for path in sys.path if os.path.abspath(path) != HERE)])
+    output, _ = here(tmp_path / "train_mine.py", "--smoke", "--device", "cpu", "--out", tmp_path)
+    assert all(os.path.dirname(sys.modules.pop(room).__file__) == str(tmp_path) for room in rooms)
     assert final(output)["cond_floor"] > 0 and len(block.strip().splitlines()) <= 5
 
 

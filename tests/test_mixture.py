@@ -315,5 +315,6 @@ def test_a_plan_in_any_unit_is_the_same():
         assert noise.var().item() == pytest.approx(0.25 * 0.75 * plan.eps, rel=0.02)
     for a, b in zip(*lines):
         assert torch.allclose(a, b, rtol=1e-2, atol=2e-2)
+    x, y = x[:60], y[:60]  # so few have one Gaussian's plan, at once
     share = noise_shares(torch.cov(x.T), torch.cov(y.T))[0]
     assert share(ascent.fit(x, y, share=0.3).eps) == pytest.approx(0.3, rel=1e-3)

@@ -1,6 +1,8 @@
 """pairs.py: the known plans are plans, the scores by hand, the table through the user's door."""
 import math
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,8 +13,16 @@ from conftest import here
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    """The script's globals, and what it printed, of its smoke run."""
-    output, values = here("pairs.py", "--smoke", "--device", "cpu", "--out", tmp_path_factory.mktemp("pairs"))
+    """The script's globals, and what it printed, of its smoke run, which starts train_points.py in this process."""
+    def in_process(argv, cwd):
+        assert argv[0] == sys.executable
+        patch.chdir(cwd)
+        here(*argv[1:])
+        return subprocess.CompletedProcess(argv, 0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "run", in_process)
+        output, values = here("pairs.py", "--smoke", "--device", "cpu", "--out", tmp_path_factory.mktemp("pairs"))
     return {**values, "output": output}
 
 
@@ -56,12 +66,29 @@ def test_exact_answers_have_the_floor_and_wrong_ones_do_not(pairs):
     assert wrong["cond_uvp"] == pytest.approx(100 * 3 / known.target(20_000).var(0).sum().item(), rel=0.15)
 
 
+@pytest.mark.parametrize("law", [truth.swiss_roll, truth.knot])
+def test_another_discrete_plan_of_independent_parts_scores_about_one(pairs, law):
+    torch.manual_seed(3)
+    dim = 2 * law(1).shape[1]
+    known = pairs["Parts"](dim, 0.3, law)
+    x, y = known.source(5), known.target(1)
+    assert torch.allclose(known.of_each(y).square().sum(), y.square().sum())  # one rotation
+    a, b = torch.randn(200, dim // 2).double(), law(200).double()
+    weights = truth.conditional(known.of_each(x).flatten(0, 1), b, truth.solve(a, b, 0.3)[0], 0.3)
+    of_each = b[torch.multinomial(weights, 400, replacement=True)].view(2, 5, 400, -1)
+    answer = torch.cat([*of_each], 2) @ known.rotation.T
+    assert 0.3 < known.scores(x, answer)["cond_ratio"] < 3
+    assert known.scores(x, answer + 1)["cond_ratio"] > 10
+
+
 def test_cells_are_alike_from_draw_to_draw_and_move_from_day_to_day(pairs):
-    cells = pairs["Cells"](6)
-    fresh = cells.scores(None, cells.target(800)[:, None])
-    stayed = cells.scores(None, cells.source(800)[:, None])
-    assert abs(fresh["energy_ratio"] - 1) < 5 * fresh["error"]
+    cells = pairs["Cells"](6, 8000)  # so 800 rows are behind the floor
+    x = cells.source(800)
+    right, stayed = (cells.scores(x, torch.stack([half_way, y], 1)[:, None])
+                     for half_way, y in ((cells.day(800, 0.5), cells.target(800)), (x, x)))
+    assert abs(right["energy_ratio"] - 1) < 5 * right["error"]
     assert stayed["energy_ratio"] > 10
+    assert abs(right["between"]) < stayed["between"] / 5
     deviations = cells.source(4000).std(0)
     assert deviations[0] > 2.5 * deviations[5]  # they fall over the columns, by 6^0.75
     away = (cells.source(20_000) - cells.source(4000).mean(0)).abs().amax(0) / deviations

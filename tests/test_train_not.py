@@ -69,7 +69,8 @@ def folders(path, varied=True):
 def folder_run(tmp_path_factory):
     """A smoke run on two folders: where it writes, output, globals."""
     path = tmp_path_factory.mktemp("folders")
-    return path / "out", *here("train_not.py", "--smoke", "--out", path / "out", "--data-set", *folders(path))
+    options = "--smoke", "--out", path / "out", "--data-set", *folders(path)
+    return path / "out", *here("train_not.py", *options, draw=True)
 
 
 def test_folders_of_images(folder_run):
@@ -82,9 +83,10 @@ def test_folders_of_images(folder_run):
     expected = images.translation_scores(x, y, values["test_real"], values["targets"])
     assert all(scores[k] == pytest.approx(v, rel=1e-3, abs=1e-6) for k, v in expected.items())
     assert (y[:, 0] - values["start"].map(x).clamp(-1, 1)).abs().max() < 0.5  # twelve steps from there
-    history = checkpoint(out, name)["history"]
-    assert history["step"] == list(range(1, 13)) and set(values["CURVES"]) - {"map_ratio", "hue_err"} < set(history)
-    early = values["early"].y  # of steps 1 and 4
+    kept = checkpoint(out, name)["kept"]
+    for what, curve in zip(values["CURVES"], kept["curves"].T.tolist()):  # logged at each step
+        assert list(map(float, re.findall(rf"^step.*?  {what} (\S+)", output, re.M))) == pytest.approx(curve, rel=1e-3)
+    early = kept["early"]  # of steps 1 and 4
     assert 0 < (early[1] - early[0]).abs().max() < 0.5
     refuses(here("train_not.py", "--data-set", out, out, "--out", out, code=2)[0], "same")
 
@@ -204,23 +206,23 @@ def test_not_scores_by_hand(toy_globals, monkeypatch):
 
 def test_descend_moves_one_network_in_any_layout(monkeypatch):
     """Fused Adam reads gradients in the weights' own layout; a gradient of other strides would be scrambled."""
-    unet_globals = whole("not_cmnist_strong_convex1_seed0_smoke")[2]["transport"].__globals__
+    values = whole("not_cmnist_strong_convex1_seed0_smoke")[2]
     torch.manual_seed(0)
-    monkeypatch.setitem(unet_globals, "NOISE", 0.0)
-    x, first = torch.rand(5, 3, 32, 32) * 2 - 1, unet_globals["UNet"]()
-    assert torch.equal(unet_globals["transport"](first, x)[:, 0], x)  # the identity at the start
+    monkeypatch.setitem(values["noisy"].__globals__, "NOISE", 0.0)
+    x, first = torch.rand(5, 3, 32, 32) * 2 - 1, values["Translator"](values["start"])
+    assert torch.allclose(values["transport"](first, x)[:, 0], values["start"].map(x), atol=1e-5)  # linear at the start
     for p in first.parameters():
         p.data += 0.05 * torch.randn_like(p)
-    f, results = common.ResNet(32, 3, 4, 0), []
+    f, results = values["Potential"](values["start"]), []
     for layout in (torch.channels_last, torch.contiguous_format):
-        T = unet_globals["UNet"]()
+        T = values["Translator"](values["start"])
         T.load_state_dict(first.state_dict())
         T.to(memory_format=layout)
         f.to(memory_format=layout)
         frozen = [p.clone() for p in f.parameters()]
         opt = torch.optim.Adam(T.parameters(), lr=1e-3, fused=True)
         for _ in range(2):
-            unet_globals["descend"](opt, unet_globals["T_loss"](T, f, x))
+            values["descend"](opt, values["T_loss"](T, f, x))
         assert all(map(torch.equal, frozen, f.parameters())) and all(p.grad is None for p in f.parameters())
         results.append(torch.cat([p.detach().flatten() for p in T.parameters()]))
     moved = (results[0] - torch.cat([p.detach().flatten() for p in first.parameters()])).abs().max()
@@ -235,7 +237,7 @@ def test_what_a_run_scores_and_writes(name):
     scores, digits, weak = final(output), "cmnist" in name, "weak" in name
     assert scores["steps"] == 12 and {"convex", "jensen", "violated", "params", "train_s"} < set(scores)
     assert ("round_trip" in scores) != weak and ("inv_ratio" in scores) == (not digits and not weak)
-    assert written(folder) == {name + end for end in (".pt", ".png", "_pairs.pt", "_curves.png")[:4 if digits else 2]}
+    assert written(folder) == {name + end for end in (".pt", ".png", "_curves.png", "_pairs.pt")[:4 if digits else 3]}
     if digits:
         x, y = torch.load(folder / f"{name}_pairs.pt", weights_only=True).values()
         assert x.shape == (6, 3, 32, 32) and y.shape == (6, 4 if weak else 1, 3, 32, 32) and y.abs().max() <= 1

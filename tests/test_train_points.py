@@ -1,4 +1,4 @@
-"""The engine of train_points.py: its parts against closed forms, a plan whatever happens, answers of every kind."""
+"""train_points.py: its parts against closed forms, its command line, a plan whatever happens, answers of every kind."""
 import math
 import os
 
@@ -9,8 +9,9 @@ import torch
 import common
 import mixture
 import truth
-from conftest import checkpoint, final, here, whole
+from conftest import checkpoint, final, here, refuses, whole, written
 from test_mixture import cell_like, conditional_1d, mixture_1d
+from test_tables import ROWS, door, folder, table
 
 SMOKE = "points_smoke_eps0.0897_seed0_smoke"
 
@@ -83,18 +84,34 @@ def test_degenerate_weights_are_not_trusted():
 
 def test_heads_are_a_sum_of_small_networks():
     torch.manual_seed(0)
-    f, y = part("Heads")(5, 3, width=4, depth=2, scale=2.0), torch.randn(7, 5)
+    at, A, y = torch.full((1, 5), 3.0), torch.randn(5, 5), torch.randn(7, 5)
+    f = part("Heads")(at, A, torch.randn(3, 2, 5), 4, 2, 2.0, 3.0)
+    assert not f(y).any()
+    torch.nn.init.normal_(f.last)
     by_hand = torch.zeros(7)
     for k in range(3):
-        h = y @ f.W[2 * k:2 * k + 2].T
+        h = y @ A @ f.W[2 * k:2 * k + 2].T
         for weight, bias in zip(f.weights, f.biases):
             h = torch.nn.functional.silu(h @ weight[k] + bias[k])
         by_hand += 2 * (h @ f.last[k]).squeeze(1)
-    assert torch.allclose(f(y), by_hand, atol=1e-5)
-    at = torch.full((1, 5), 3.0)
-    f.init_first_layer_at(at, 3.0)
-    inner = (at @ f.W.T).view(3, 1, 2) @ f.weights[0] + f.biases[0]
+    assert torch.allclose(f(y), by_hand, atol=1e-4)
+    inner = (at @ A @ f.W.T).view(3, 1, 2) @ f.weights[0] + f.biases[0]
     assert inner.abs().max() < 1e-4  # every first-layer unit starts at the only sample
+
+
+def test_a_pair_of_axes_lies_in_one_independent_part():
+    """Two rolls and a ring, side by side and turned: each pair of axes is in the plane of one, each plane has one."""
+    torch.manual_seed(0)
+    turns = 2 * math.pi * torch.rand(8000)
+    ring = torch.stack([turns.cos(), turns.sin()], 1) + 0.1 * torch.randn(8000, 2)
+    parts = torch.cat([truth.swiss_roll(8000), truth.swiss_roll(8000), ring], 1)
+    values, vectors = torch.linalg.eigh(torch.cov(parts.T))
+    white, turn = vectors / values.sqrt() @ vectors.T, torch.linalg.qr(torch.randn(6, 6))[0]
+    pairs = part("dependent_axes")((parts - parts.mean(0)) @ white @ turn, 6, 60)
+    shares = (pairs @ turn.T).square().view(6, 2, 3, 2).sum(3)  # of each axis in each plane
+    assert torch.allclose(pairs @ pairs.mT, torch.eye(2).expand(6, 2, 2), atol=1e-4)
+    assert (shares.amax(2) > 0.98).all() and torch.equal(shares[:, 0].argmax(1), shares[:, 1].argmax(1))
+    assert torch.bincount(shares[:, 0].argmax(1)).tolist() == [2, 2, 2]
 
 
 # ------------------------------------------------------------------------------------------------ scores
@@ -125,6 +142,84 @@ def test_directions_in_which_samples_differ_most():
     assert found[2, 0].abs() > 0.95 * found[:, 0].norm() and found[3, 1].abs() > 0.95 * found[:, 1].norm()
 
 
+# ------------------------------------------------------------------------------------------------ names, options
+
+def test_names_tell_apart_what_differs(folder):
+    names = set()
+    for day in ("day0", "day1"):
+        os.mkdir(day)
+        np.save(f"{day}/cells.npy", ROWS + (day == "day1"))
+    pairs = [("day0/cells.npy", "day1/cells.npy"), ("day1/cells.npy", "day0/cells.npy")]
+    maps = [("NEW.npy",), ("NEW.npy", "--time", "0.5"), ("NEW.npy", "--time", "0"), *((path,) for path in pairs[0])]
+    for pair in pairs:
+        for new in maps:
+            seen = door(*pair, "--map", *new, "--out", "out")[1]
+            names |= {seen["name"], seen["outputs"][-1]}
+            assert "points_cells_cells_" in seen["name"] and seen["outputs"][-1].endswith("_mapped.npy")
+    assert len(names) == len(pairs) * (1 + len(maps))
+    os.rename("day0", "moved")  # the rows decide, not where they lie: a run can be resumed after a move
+    assert door("moved/cells.npy", "day1/cells.npy", "--out", "out")[1]["name"] in names
+
+
+def test_a_newline_in_a_name_is_no_second_line(folder):
+    odd = "a\n\x1b[31merror: b"
+    np.save(f"{odd}.npy", ROWS)
+    output, seen = door(f"{odd}.npy", "Y.npy")
+    assert seen["name"].isprintable() and "\x1b" not in output and "\nerror" not in output
+    (folder / f"{odd}.csv").write_text("0.5,x,1\n" + table(header=None))
+    refuses(door(f"{odd}.csv", "Y.npy", code=2)[0], "a\\n\\x1b[31merror: b.csv")
+
+
+SETS = ("X.npy", "Y.npy")
+NO_MEANING = {  # options: a word of the sentence
+    (): "0 files",
+    ("X.npy",): "1 files",
+    (*SETS, "NEW.npy"): "3 files",
+    ("", "Y.npy"): "no file",
+    ("--smoke", "--time", "1"): "--map",
+    (*SETS, "--time", "0.5"): "--map",
+    (*SETS, "--per-x", "1"): "--map",
+    (*SETS, "--map", ""): "--map",
+    (*SETS, "--out", ""): "--out",
+    (*SETS, "--map", "NEW.npy", "--per-x", "0"): "--per-x",
+    (*SETS, "--map", "NEW.npy", "--per-x", "1000000000"): "--per-x",
+    (*SETS, "--map", "NEW.npy", "--time", "2"): "--time",
+    (*SETS, "--eps", "1e-9"): "choose from",
+    (*SETS, "--eps", "1e9"): "choose from",
+    (*SETS, "--dim", "3"): "unrecognized",
+}
+
+
+@pytest.mark.parametrize("options", NO_MEANING)
+def test_options_without_a_meaning_are_refused(options, folder):
+    refuses(door(*options, code=2)[0], NO_MEANING[options])
+
+
+def test_all_that_can_be_known_is_checked_before_the_fit(folder):
+    outputs = door("X.npy", "Y.npy", "--map", "NEW.npy", "--out", ".")[1]["outputs"]
+    assert [os.path.splitext(path)[1] for path in outputs] == [".pt", ".png", ".npy", ".npy"]
+    for path in outputs:
+        os.mkdir(path)
+        refuses(door("X.npy", "Y.npy", "--map", "NEW.npy", "--out", ".", code=2)[0], os.path.basename(path), "folder")
+        os.rmdir(path)
+    np.save(f"{240 * 'n'}.npy", ROWS)
+    refuses(door("X.npy", f"{240 * 'n'}.npy", code=2)[0], "too long")
+    np.save("NEW.npy", np.zeros((300_000, 3)))
+    refuses(door("X.npy", "Y.npy", "--map", "NEW.npy", "--per-x", "1000000", code=2)[0], "GiB", "300000 rows",
+            "1000000 y each")
+    for value in (1e300, -1e8):
+        np.save("NEW.npy", np.array([[0, 0, 0], [0, value, 0]]))
+        refuses(door("X.npy", "Y.npy", "--map", "NEW.npy", code=2)[0], "NEW.npy", "row 1", "deviations")
+    np.save("X.npy", ROWS[:49])
+    refuses(door("X.npy", "Y.npy", code=2)[0], "49 and 50 rows")
+    np.save("X.npy", np.ones((60, 3)))
+    np.save("NEW.npy", np.ones((2, 3)))
+    refuses(door("X.npy", "X.npy", code=2)[0], "all rows are equal")
+    assert door("X.npy", "Y.npy", "--map", "NEW.npy")  # to one point goes all
+    np.save("X.npy", ROWS * 1e200)
+    refuses(door("X.npy", "Y.npy", code=2)[0], "unit")
+
+
 # ------------------------------------------------------------------------------------------------ whole runs
 
 def save(folder, **sets):
@@ -141,8 +236,8 @@ def test_a_network_that_diverges_leaves_the_mixture_s_plan(tmp_path, monkeypatch
 
     def bursts(net, opt, *batches):
         gap = learn(net, opt, *batches)
-        if opt.param_groups[0]["lr"] and opt.state[net.heads.last]["step"] >= 4:
-            net.heads.last.data.fill_(math.nan)
+        if opt.param_groups[0]["lr"] and opt.state[net.last]["step"] >= 4:
+            net.last.data.fill_(math.nan)
             return gap * math.nan
         return gap
 
@@ -163,7 +258,7 @@ def test_several_eps_and_times_and_the_mean_map(tmp_path):
     x, y = cell_like(600, dim=3)
     options = save(tmp_path, X=x, Y=y, NEW=x[:5]) + ["--smoke", "--eps", "0.1,1,0.3"]
     output, values = here("train_points.py", *options, "--map", tmp_path / "NEW.npy", "--per-x", "2000",
-                          "--time", "0,0.5,1")
+                          "--time", "0,0.5,1", draw=True)
     lines = [final(line) for line in output.splitlines() if line.startswith("final ")]
     assert [line["eps"] for line in lines] == [1, 0.3, 0.1]
     assert [line["noise_share"] for line in lines] == sorted((line["noise_share"] for line in lines), reverse=True)
@@ -240,10 +335,45 @@ def test_labels_and_weights(tmp_path):
     np.save(tmp_path / "W.npy", np.where(side["X"], 3.0, 1.0))
     options += ["--labels", tmp_path / "LX.txt", tmp_path / "LY.txt"]
     for more, stay in ((), 2 / 3), (("--weights", tmp_path / "W.npy"), 1.0):
-        output, values = here("train_points.py", *options, *more)
+        output, values = here("train_points.py", *options, *more, draw=bool(more))
         names_x, names_y, plan, discrete = values["tables"][0]
         assert list(names_x) == list(names_y) == ["left", "right"]
         for table in (plan, discrete):
             assert np.allclose(table.sum(1), 1) and np.allclose(table[1], [1 - stay, stay], atol=0.12)
         assert f"pi,\"right\",{plan[1, 0]:.4f}" in output
         assert (tmp_path / (os.path.basename(values["name"]) + "_labels.csv")).read_text().count("\n") == 5
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Two Gaussian sets in a folder: columns of deviation 10 and 1, a constant one and a duplicate."""
+    folder, generator = tmp_path_factory.mktemp("files"), np.random.default_rng(0)
+    for name, n, shift in (("X", 400, 0), ("Y", 300, 50), ("NEW", 7, 0)):
+        rows = generator.normal(size=(n, 2)) * [10, 1] + shift
+        np.save(folder / f"{name}.npy", np.column_stack([rows, np.full(n, 3.0), rows[:, 0]]))
+    return folder
+
+
+def points(files, out, *options):
+    """-> the final line and the array that --map wrote, or None."""
+    sets = files / "X.npy", files / "Y.npy"
+    output, values = here("train_points.py", *sets, "--smoke", "--device", "cpu", "--out", out, *options)
+    return final(output), np.load(values["outputs"][-1]) if "--map" in options else None
+
+
+def test_maps_the_same_at_once_and_later_and_in_any_unit(files, tmp_path):
+    mapping = ("--map", files / "NEW.npy", "--per-x", "5")
+    line, at_once = points(files, tmp_path / "a", *mapping)
+    points(files, tmp_path / "b")
+    _, later = points(files, tmp_path / "b", "--resume", *mapping)
+    assert at_once.shape == (7, 5, 4) and np.array_equal(at_once, later)
+    assert np.allclose(at_once[..., 2], 3, atol=1) and np.allclose(at_once[..., 0], at_once[..., 3], atol=1)
+    _, middle = points(files, tmp_path / "b", "--resume", *mapping, "--time", "0.5")
+    noise = middle - (np.load(files / "NEW.npy")[:, None] + at_once) / 2  # N(0, eps/4)
+    assert noise.std() == pytest.approx((line["eps"] / 4) ** 0.5, rel=0.25)
+    assert len([name for name in written(tmp_path / "b") if name.endswith("_mapped.npy")]) == 2  # one for each time
+    for name in ("X", "Y"):
+        np.save(tmp_path / f"{name}.npy", 1e-4 * np.load(files / f"{name}.npy"))
+    assert points(tmp_path, tmp_path / "c")[0]["cost"] == pytest.approx(1e-8 * line["cost"], rel=0.05)
+    spread = 2 * 50 ** 2 + 50 ** 2  # of the means: three columns are 50 apart, the constant one is not
+    assert line["cost"] == pytest.approx(spread / 2, rel=0.2)

@@ -1,4 +1,4 @@
-"""Files and command line of train_points.py: what other programs export, what is refused, names of outputs."""
+"""tables.py, through train_points.py: what other programs export, what is refused, what is said."""
 import gzip
 import io
 import os
@@ -11,7 +11,7 @@ import scipy.sparse
 import torch
 
 import run as run_room
-from conftest import final, here, refuses, written
+from conftest import here, refuses
 
 N, NAMES = 60, ["a", "b", "c"]
 rng = np.random.default_rng(0)
@@ -326,118 +326,3 @@ def test_an_advised_scaling_silences_the_warning(folder):
     wide = ROWS * [10, 20_000, 1]
     np.save("X.npy", wide / wide.std(0))
     assert "warning" not in door("X.npy", "X.npy")[0]
-
-
-# ------------------------------------------------------------------------------------------------ names, options
-
-def test_names_tell_apart_what_differs(folder):
-    names = set()
-    for day in ("day0", "day1"):
-        os.mkdir(day)
-        np.save(f"{day}/cells.npy", ROWS + (day == "day1"))
-    pairs = [("day0/cells.npy", "day1/cells.npy"), ("day1/cells.npy", "day0/cells.npy")]
-    maps = [("NEW.npy",), ("NEW.npy", "--time", "0.5"), ("NEW.npy", "--time", "0"), *((path,) for path in pairs[0])]
-    for pair in pairs:
-        for new in maps:
-            seen = door(*pair, "--map", *new, "--out", "out")[1]
-            names |= {seen["name"], seen["outputs"][-1]}
-            assert "points_cells_cells_" in seen["name"] and seen["outputs"][-1].endswith("_mapped.npy")
-    assert len(names) == len(pairs) * (1 + len(maps))
-    os.rename("day0", "moved")  # the rows decide, not where they lie: a run can be resumed after a move
-    assert door("moved/cells.npy", "day1/cells.npy", "--out", "out")[1]["name"] in names
-
-
-def test_a_newline_in_a_name_is_no_second_line(folder):
-    odd = "a\n\x1b[31merror: b"
-    np.save(f"{odd}.npy", ROWS)
-    output, seen = door(f"{odd}.npy", "Y.npy")
-    assert seen["name"].isprintable() and "\x1b" not in output and "\nerror" not in output
-    (folder / f"{odd}.csv").write_text("0.5,x,1\n" + table(header=None))
-    refuses(door(f"{odd}.csv", "Y.npy", code=2)[0], "a\\n\\x1b[31merror: b.csv")
-
-
-SETS = ("X.npy", "Y.npy")
-NO_MEANING = {  # options: a word of the sentence
-    (): "0 files",
-    ("X.npy",): "1 files",
-    (*SETS, "NEW.npy"): "3 files",
-    ("", "Y.npy"): "no file",
-    ("--smoke", "--time", "1"): "--map",
-    (*SETS, "--time", "0.5"): "--map",
-    (*SETS, "--per-x", "1"): "--map",
-    (*SETS, "--map", ""): "--map",
-    (*SETS, "--out", ""): "--out",
-    (*SETS, "--map", "NEW.npy", "--per-x", "0"): "--per-x",
-    (*SETS, "--map", "NEW.npy", "--per-x", "1000000000"): "--per-x",
-    (*SETS, "--map", "NEW.npy", "--time", "2"): "--time",
-    (*SETS, "--eps", "1e-9"): "choose from",
-    (*SETS, "--eps", "1e9"): "choose from",
-    (*SETS, "--dim", "3"): "unrecognized",
-}
-
-
-@pytest.mark.parametrize("options", NO_MEANING)
-def test_options_without_a_meaning_are_refused(options, folder):
-    refuses(door(*options, code=2)[0], NO_MEANING[options])
-
-
-def test_all_that_can_be_known_is_checked_before_the_fit(folder):
-    outputs = door("X.npy", "Y.npy", "--map", "NEW.npy", "--out", ".")[1]["outputs"]
-    assert [os.path.splitext(path)[1] for path in outputs] == [".pt", ".png", ".npy", ".npy"]
-    for path in outputs:
-        os.mkdir(path)
-        refuses(door("X.npy", "Y.npy", "--map", "NEW.npy", "--out", ".", code=2)[0], os.path.basename(path), "folder")
-        os.rmdir(path)
-    np.save(f"{240 * 'n'}.npy", ROWS)
-    refuses(door("X.npy", f"{240 * 'n'}.npy", code=2)[0], "too long")
-    np.save("NEW.npy", np.zeros((300_000, 3)))
-    refuses(door("X.npy", "Y.npy", "--map", "NEW.npy", "--per-x", "1000000", code=2)[0], "GiB", "300000 rows",
-            "1000000 y each")
-    for value in (1e300, -1e8):
-        np.save("NEW.npy", np.array([[0, 0, 0], [0, value, 0]]))
-        refuses(door("X.npy", "Y.npy", "--map", "NEW.npy", code=2)[0], "NEW.npy", "row 1", "deviations")
-    np.save("X.npy", ROWS[:49])
-    refuses(door("X.npy", "Y.npy", code=2)[0], "49 and 50 rows")
-    np.save("X.npy", np.ones((60, 3)))
-    np.save("NEW.npy", np.ones((2, 3)))
-    refuses(door("X.npy", "X.npy", code=2)[0], "all rows are equal")
-    assert door("X.npy", "Y.npy", "--map", "NEW.npy")  # to one point goes all
-    np.save("X.npy", ROWS * 1e200)
-    refuses(door("X.npy", "Y.npy", code=2)[0], "unit")
-
-
-# ------------------------------------------------------------------------------------------------ whole runs
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """Two Gaussian sets in a folder: columns of deviation 10 and 1, a constant one and a duplicate."""
-    folder, generator = tmp_path_factory.mktemp("files"), np.random.default_rng(0)
-    for name, n, shift in (("X", 400, 0), ("Y", 300, 50), ("NEW", 7, 0)):
-        rows = generator.normal(size=(n, 2)) * [10, 1] + shift
-        np.save(folder / f"{name}.npy", np.column_stack([rows, np.full(n, 3.0), rows[:, 0]]))
-    return folder
-
-
-def points(files, out, *options):
-    """-> the final line and the array that --map wrote, or None."""
-    sets = files / "X.npy", files / "Y.npy"
-    output, values = here("train_points.py", *sets, "--smoke", "--device", "cpu", "--out", out, *options)
-    return final(output), np.load(values["outputs"][-1]) if "--map" in options else None
-
-
-def test_maps_the_same_at_once_and_later_and_in_any_unit(files, tmp_path):
-    mapping = ("--map", files / "NEW.npy", "--per-x", "5")
-    line, at_once = points(files, tmp_path / "a", *mapping)
-    points(files, tmp_path / "b")
-    _, later = points(files, tmp_path / "b", "--resume", *mapping)
-    assert at_once.shape == (7, 5, 4) and np.array_equal(at_once, later)
-    assert np.allclose(at_once[..., 2], 3, atol=1) and np.allclose(at_once[..., 0], at_once[..., 3], atol=1)
-    _, middle = points(files, tmp_path / "b", "--resume", *mapping, "--time", "0.5")
-    noise = middle - (np.load(files / "NEW.npy")[:, None] + at_once) / 2  # N(0, eps/4)
-    assert noise.std() == pytest.approx((line["eps"] / 4) ** 0.5, rel=0.25)
-    assert len([name for name in written(tmp_path / "b") if name.endswith("_mapped.npy")]) == 2  # one for each time
-    for name in ("X", "Y"):
-        np.save(tmp_path / f"{name}.npy", 1e-4 * np.load(files / f"{name}.npy"))
-    assert points(tmp_path, tmp_path / "c")[0]["cost"] == pytest.approx(1e-8 * line["cost"], rel=0.05)
-    spread = 2 * 50 ** 2 + 50 ** 2  # of the means: three columns are 50 apart, the constant one is not
-    assert line["cost"] == pytest.approx(spread / 2, rel=0.2)
