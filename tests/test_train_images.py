@@ -1,4 +1,5 @@
 """Images: the base's narrowest direction, the chains, a known translation, resumes."""
+import math
 import os
 import shutil
 import types
@@ -116,6 +117,7 @@ def test_the_last_of_the_weights_that_noise_cannot_tell_from_the_best_are_kept(w
     totals = v["total"](v["bank"].scores)[:v["SCORES"] + 1].tolist()
     good = [k for k, value in enumerate(totals) if value <= min(totals[:k + 1]) + 3 * v["noise"].item()]
     assert final(whole.output)["best_step"] == good[-1] * v["SCORE_EVERY"]
+    assert (v["score"](v["some"] * math.nan) == 1e3).all()  # worse than any, and the log goes on
     torch.manual_seed(1)  # its definition, over other draws
     rows = [torch.randperm(len(v["y"]))[:len(v["some"])] for _ in range(100)]
     spread = torch.stack([v["total"](v["score"](v["y"][few])) for few in rows]).std().item()
