@@ -212,24 +212,28 @@ class Pyramid(nn.Module):
         return f + self.heads[-1](F.silu(self.hidden(y.flatten(1))))
 
 
-def walk(f, x, y, eps, eta, steps, box):
-    """Langevin steps that cannot leave the box +-box.  A step's noise is the mean of its own and the last one's
-    (Leimkuhler & Matthews 2013): exact for Gaussians, which independent noise makes a seventh wider."""
+def walk(f, x, y, eps, eta, steps, box, watch=lambda y, grad: None):
+    """Langevin steps that cannot leave the box +-box, after watch(y, grad log pi_f(y|x)) each.  A step's noise is the
+    mean of its own and the last one's (Leimkuhler & Matthews 2013): exact for Gaussians, else a seventh too wide."""
     noise = torch.randn_like(y)
     for _ in range(steps):
         _, grad = common.log_p_and_grad(f, x, y, eps)
+        watch(y, grad)
         old, noise = noise, torch.randn_like(y)
         y = (y + eta / 2 * grad + math.sqrt(eta) * (old + noise) / 2).clamp(-box, box)
     return y
 
 
-def translate(f, draw, x, n, eps, noise, eta, steps, box, part=256):
-    """n translations of each x: (N, C, H, W) -> (N, n, C, H, W).  A walk from draw(x), then the mean of the image y0
-    under y = y0 + noise N(0, I), y ~ pi_f(.|x), by Tweedie's formula: y + noise^2 grad_y log pi_f(y|x)."""
+def translate(f, draw, x, n, eps, noise, eta, steps, box, part=256, last=1):
+    """n translations of each x: (N, C, H, W) -> (N, n, C, H, W).  A walk from draw(x), then the mean of y0, y = y0 +
+    noise N(0, I), y ~ pi_f(.|x), by Tweedie's formula: y + noise^2 grad_y log pi_f(y|x), averaged over the `last` y."""
     done, last_print = [], time.perf_counter()
     for some in x.repeat_interleave(n, 0).split(part):
-        y = walk(f, some, draw(some), eps, eta, steps, box)
-        done.append((y + noise ** 2 * common.log_p_and_grad(f, some, y, eps)[1]).clamp(-1, 1))
+        clean = collections.deque(maxlen=last)
+        watch = lambda y, grad: clean.append(y + noise ** 2 * grad)
+        y = walk(f, some, draw(some), eps, eta, steps, box, watch)
+        watch(y, common.log_p_and_grad(f, some, y, eps)[1])
+        done.append(torch.stack([*clean]).mean(0).clamp(-1, 1))
         if time.perf_counter() - last_print > 30:
             print(f"translated {sum(map(len, done))}/{n * len(x)}")
             last_print = time.perf_counter()
@@ -252,8 +256,7 @@ def exact_ot_cost(x, y):
 
 
 def translation_scores(x, y, real, seen):
-    """Scores of M translations y (N, M, C, H, W) of held-out x (N, C, H, W) against targets held out, real, and those
-    trained with, seen:
+    """Scores of M translations y (N, M, C, H, W) of x (N, C, H, W), by targets held out, real, and trained with, seen:
 
     energy      energy distance of y to real over that of x: 0 for the same law, 1 for y = x
     detail      the same of what a 4 x 4 average leaves

@@ -65,6 +65,7 @@ HIDDEN = 256             # units after the last
 BATCH = 64               # chains moved per step, and targets per step
 N_LANGEVIN = 5           # Langevin steps of a chain per training step
 GROUPS, LIFE, YOUNG = 3, 16, 4  # batches of chains, in turn; visits to a chain till it ends, and till f learns from it
+LAST = 10                # Langevin steps of a translation, over which the image is averaged
 NOISE = min(0.16, 0.5 * math.sqrt(EPS))  # added to targets
 ETA, BOX = NOISE ** 2 / 2, 3.0  # Langevin step; pixels are clipped to +-BOX
 AT_WALL, WIDEST_GAP = 0.05, 3000.0  # share of clipped pixels, mean of 100 gaps that count as divergence
@@ -147,7 +148,7 @@ def translated(f, x, n):
     """n translations of each x, as old as the chains that f learns from are on average; the same ones at each call."""
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
-        return images.translate(f, base.draw, x, n, EPS, NOISE, ETA, (YOUNG + LIFE) // 2 * N_LANGEVIN, BOX)
+        return images.translate(f, base.draw, x, n, EPS, NOISE, ETA, (YOUNG + LIFE) // 2 * N_LANGEVIN, BOX, last=LAST)
 
 
 def score(z):

@@ -245,6 +245,13 @@ def test_translations_end_with_the_mean_under_the_noise():
     x, y = torch.zeros(5, 1, 3, 3), m + 0.3 * torch.randn(5, 1, 3, 3)
     made = images.translate(f, lambda x: y, x, 1, eps, noise, eta=0.0, steps=0, box=9.0)[:, 0]
     assert torch.allclose(made, m + v / (v + noise ** 2) * (y - m), atol=1e-5)
+    torch.manual_seed(0)
+    x, V, eta = torch.zeros(4000, 1, 3, 3), v + noise ** 2, v + noise ** 2  # y follows an AR(1): it halves in a step,
+    half, first = 0.5, 0.5 * V + eta / 4  # and the noise that two steps share adds to the covariance of neighbours
+    made = images.translate(f, torch.zeros_like, x, 1, eps, noise, eta, steps=30, box=9.0, last=4)
+    expected = (4 * V + 2 * (3 * first + 2 * first * half + first * half ** 2)) / 16  # of a mean of four
+    assert made.mean().item() == pytest.approx(m, abs=0.003)
+    assert made.var().item() == pytest.approx((v / V) ** 2 * expected, rel=0.03)
 
 
 def test_translate_gives_each_source_its_own_translations():
