@@ -222,7 +222,7 @@ def anneal(x, y, near, epses, say=lambda plan, what, left: None, sizes=SIZES, cl
     prior, top = dim / n, max((x.var(0).sum() + y.var(0).sum()).item() / 2, max(epses))
     best, found = gaussian_plan(x, y, top), None
     for components in (k for k in sizes if k * max(ROWS_PER_COMPONENT, ROWS_PER_COLUMN * dim) <= n):
-        rank = min(dim, n // (components * ROWS_PER_RANK))
+        rank = min(dim, min(n, FEW) // (components * ROWS_PER_RANK))
         new = Mixture(dim, components, rank, top).to(x.device)
         start(new, *few, prior)
         ascend(new, *few, near, min(climbs, 20), 0)
