@@ -236,6 +236,9 @@ def test_what_a_run_scores_and_writes(name):
     folder, output, _ = whole(name)
     scores, digits, weak = final(output), "cmnist" in name, "weak" in name
     assert scores["steps"] == 12 and {"convex", "jensen", "violated", "params", "train_s"} < set(scores)
+    if not digits:  # the log scores as the last line does
+        last = re.findall(r"  map_ratio (\S+)", output)[-1]
+        assert float(last) == pytest.approx(scores["map_ratio"], rel=1e-3)
     assert ("round_trip" in scores) != weak and ("inv_ratio" in scores) == (not digits and not weak)
     assert written(folder) == {name + end for end in (".pt", ".png", "_curves.png", "_pairs.pt")[:4 if digits else 3]}
     if digits:
