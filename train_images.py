@@ -168,7 +168,7 @@ def total(scores):
 def noise_of_total():
     """Standard deviation of total over real targets in place of translations."""
     draws = torch.Generator().manual_seed(SEED)
-    rows = [torch.randperm(len(y), generator=draws)[:len(some)].to(device) for _ in range(DRAWS)]
+    rows = [torch.randint(len(y), (len(some),), generator=draws).to(device) for _ in range(DRAWS)]
     return torch.stack([total(score(y[few])) for few in rows]).std()
 
 

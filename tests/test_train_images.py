@@ -110,7 +110,7 @@ def test_a_finished_run_translates_as_it_did(whole, tmp_path):
     assert same(checkpoint(tmp_path, whole.name), checkpoint(whole.out, whole.name))
 
 
-def test_the_last_of_the_weights_that_noise_cannot_tell_from_the_best_are_kept(whole):
+def test_the_last_of_the_weights_that_noise_cannot_tell_from_the_best_are_kept(whole, monkeypatch):
     v = whole.values
     assert v["total"](torch.tensor([[-0.1, 0.2, 0.9, 1.0, 1.0], [0.1, -0.2, 1.3, 1.0, 1.0]])).tolist() == \
         pytest.approx([0.21, 0.13])
@@ -119,9 +119,11 @@ def test_the_last_of_the_weights_that_noise_cannot_tell_from_the_best_are_kept(w
     assert final(whole.output)["best_step"] == good[-1] * v["SCORE_EVERY"]
     assert (v["score"](v["some"] * math.nan) == 1e3).all()  # worse than any, and the log goes on
     torch.manual_seed(1)  # its definition, over other draws
-    rows = [torch.randperm(len(v["y"]))[:len(v["some"])] for _ in range(100)]
+    rows = [torch.randint(len(v["y"]), (len(v["some"]),)) for _ in range(100)]
     spread = torch.stack([v["total"](v["score"](v["y"][few])) for few in rows]).std().item()
     assert v["noise"].item() == pytest.approx(spread, rel=0.5)  # 20 draws know a deviation to a sixth
+    monkeypatch.setitem(v["noise_of_total"].__globals__, "y", v["y"][:3])  # fewer targets than sources
+    assert v["noise_of_total"]().isfinite()
 
 
 def test_a_training_that_runs_off_ends_with_a_plan(tmp_path):
