@@ -112,7 +112,7 @@ if args.translate:  # read now: what is wrong must show before the training
 x, y, test_x, test_real = (s.to(device) for s in images.read_pair(args.folders, SIDE, args.background))
 x, y, test_x, test_real = (y, x, test_real, test_x) if args.swap else (x, y, test_x, test_real)
 VALIDATION = min(VALIDATION, len(y) // 3)  # at least three of few images
-valid, y = y[::VALIDATION], y[torch.arange(len(y), device=device) % VALIDATION > 0]
+valid, y = y[::VALIDATION].clone(), y[torch.arange(len(y), device=device) % VALIDATION > 0]
 IMAGES = hashlib.sha256(repr([s.sum((2, 3), dtype=torch.float64).tolist() for s in (x, y)]).encode()).hexdigest()[:16]
 CHANNELS, RANK = x.shape[1], min(RANK, (len(x) + len(y)) // 2)
 CONSTANTS = constants_of(globals())  # a run is resumed with the same images only
@@ -120,14 +120,7 @@ title = "_to_".join(os.path.basename(os.path.abspath(folder)) for folder in args
 name = os.path.join(args.out, f"images_{title}_{SIDE}_eps{EPS:g}_seed{SEED}_{IMAGES[:4]}")
 
 
-# ---------------------------------------------------------------------------------------------- potential
-
-def potential(net):
-    """f = base + SCALE net: (B, C, H, W) -> (B,)."""
-    return lambda y: base(y) + SCALE * net(y).squeeze(1)
-
-
-# ---------------------------------------------------------------------------------------------- chains and scores
+# ---------------------------------------------------------------------------------------------- base and potential
 
 def spread_order(points):
     """Row numbers of points (n, D), halved at the median of each coordinate in turn: one row from each of BATCH
@@ -137,6 +130,19 @@ def spread_order(points):
     halves = points[:, 0].argsort(stable=True).tensor_split(2)
     return torch.cat([half[spread_order(points[half, 1:])] for half in halves])
 
+
+# no variance EPS S is below ETA/2, or Langevin steps would run away
+base = MainPlan(x, y, EPS, RANK, (0.01 ** 2, NOISE ** 2), (ETA / (2 * EPS), None), PRIOR).requires_grad_(False)
+x, y = (s[spread_order(base.parts(s)[0][:, -8:])] for s in (x, y))
+some = x[::max(1, len(x) // SCORED)]  # whose translations are scored
+
+
+def potential(net):
+    """f = base + SCALE net: (B, C, H, W) -> (B,)."""
+    return lambda y: base(y) + SCALE * net(y).squeeze(1)
+
+
+# ---------------------------------------------------------------------------------------------- chains and scores
 
 def newborn(first, n):
     """Sources and first y of n chains, numbered from `first` on; consecutive ones have sources far apart."""
@@ -151,9 +157,9 @@ def translated(f, x, n):
         return images.translate(f, base.draw, x, n, EPS, NOISE, ETA, (YOUNG + LIFE) // 2 * N_LANGEVIN, BOX, last=LAST)
 
 
-def score(z):
+def score(z, seen=y):
     """-> the CURVES of translations z of some training sources, against targets held out."""
-    scores = images.translation_scores(some, z[:, None], valid, y)
+    scores = images.translation_scores(some, z[:, None], valid, seen)
     if scores["spread"] < COLLAPSED:
         print(f"warning: the translations are only {scores['spread']:.2f} times as varied as real images: a collapse")
     return torch.tensor([scores[what] for what in CURVES], device=device).nan_to_num(1e3)  # nan, of a run-off
@@ -166,18 +172,14 @@ def total(scores):
 
 
 def noise_of_total():
-    """Standard deviation of total over real targets in place of translations."""
-    draws = torch.Generator().manual_seed(SEED)
-    rows = [torch.randint(len(y), (len(some),), generator=draws).to(device) for _ in range(DRAWS)]
-    return torch.stack([total(score(y[few])) for few in rows]).std()
+    """Standard deviation of total over real targets in place of translations, held against as many others."""
+    draws, n = torch.Generator().manual_seed(SEED), torch.arange(len(some), device=device)
+    halves = [torch.randperm(len(y), generator=draws).to(device).chunk(2) for _ in range(DRAWS)]
+    return torch.stack([total(score(y[a[n % len(a)]], y[b])) for a, b in halves]).std()  # few targets: with repeats
 
 
 # ---------------------------------------------------------------------------------------------- training
 
-# no variance EPS S is below ETA/2, or Langevin steps would run away
-base = MainPlan(x, y, EPS, RANK, (0.01 ** 2, NOISE ** 2), (ETA / (2 * EPS), None), PRIOR).requires_grad_(False)
-x, y = (s[spread_order(base.parts(s)[0][:, -8:])] for s in (x, y))
-some = x[::max(1, len(x) // SCORED)]
 net, net_avg, best = (images.Pyramid(SIDE, CHANNELS, WIDTHS, HIDDEN).to(device) for _ in range(3))
 for other in (net_avg, best):
     other.requires_grad_(False).load_state_dict(net.state_dict())
@@ -185,14 +187,15 @@ f = potential(net)
 opt = torch.optim.AdamW(net.parameters(), lr=LR, betas=BETAS, weight_decay=DECAY, fused=True)
 zero, shown = torch.zeros((), device=device), test_x[::math.ceil(len(test_x) / SHOWN)]
 scores = torch.full((STEPS // SCORE_EVERY + 2, len(CURVES)), math.inf)
-bank = common.Bank(*newborn(0, GROUPS * BATCH), gap=zero, rate=zero + 1, ended=zero, best_step=zero, scores=scores,
-                   early=torch.stack([shown, shown])).to(device)
-bank.scores[0], noise = score(translated(base, some, 1)[:, 0]), noise_of_total()
+bank = common.Bank(*newborn(0, GROUPS * BATCH), gap=zero, rate=zero + 1, ended=zero, noise=zero, best_step=zero,
+                   scores=scores, early=torch.stack([shown, shown])).to(device)
 print(f"{len(x)} sources, {len(y)} targets and {len(valid)} to choose by, {len(test_x)} and {len(test_real)} to test, "
       f"{CHANNELS} x {SIDE} x {SIDE}")
 
 parts = {"base": base, "net": net, "net_avg": net_avg, "best": best, "opt": opt, "bank": bank}
 run = Run(args, f"{name}.pt", parts, STEPS, LOG_EVERY, CONSTANTS)
+if not args.resume:
+    bank.scores[0], bank.noise = score(translated(base, some, 1)[:, 0]), noise_of_total()
 run.steps, rate = run.step if bank.ended else STEPS, bank.rate.item()
 for step in run:
     opt.param_groups[0]["lr"] = rate * common.warm_cosine(LR, step, WARMUP, STEPS)
@@ -222,7 +225,7 @@ for step in run:
         k = -(-step // SCORE_EVERY)
         bank.scores[k] = score(translated(potential(net_avg), some, 1)[:, 0])
         totals = total(bank.scores[:k + 1])
-        if totals[k] <= totals.min() + DOUBT * noise and not ran_off:
+        if totals[k] <= totals.min() + DOUBT * bank.noise and not ran_off:
             best.load_state_dict(net_avg.state_dict())
             bank.best_step.fill_(step)
     if step in (marks := [round(part * STEPS) for part in EARLY]):
