@@ -12,7 +12,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from mixture import Mixture, Plan, covariance_within, gain_of, gaussian_map, gaussian_plan, noise_shares
+from mixture import Mixture, Plan, covariance_within, gain_of, gaussian_map, gaussian_plan, log_sum, noise_shares
 
 ROWS_PER_RANK = 15       # rows of a component's own that carry a column of its U
 ROWS_PER_COMPONENT, ROWS_PER_COLUMN = 50, 0.5  # at least so many for a component: of fewer its mean is noise
@@ -37,9 +37,8 @@ class MeanLogSum(torch.autograd.Function):
             if factor.shape[1]:
                 seen = (part @ factor.flatten(1)).view(len(part), *factor.shape[1:])
                 out += seen.square().sum(1)
-            log_sum = out.logsumexp(1, keepdim=True)
-            share = out.sub_(log_sum).exp_()
-            total = total + log_sum.sum()
+            log_of_sum, share = log_sum(out)
+            total = total + log_of_sum.sum()
             grads[0] += share.sum(0)
             grads[1].addmm_(share.T, squares)
             grads[2].addmm_(share.T, part)
@@ -91,22 +90,23 @@ def start(plan, x, y, prior):
 
 @torch.no_grad()
 def balance(plan, x, y, steps=30, tolerance=1e-3):
-    """Move a_k until both parts have the same mass, by Newton's method with a line search: an ascent."""
+    """Move a_k until both parts have the same mass, by Newton's method with a line search: an ascent.
+    -> E_Q log v - E_P log sum_k ... of the rows."""
     log_w, log_v = plan.log_w(x) - plan.log_a, plan.log_v(y) - plan.log_a
     log_a, damping, value = plan.log_a.double(), 1.0, -math.inf
     new = log_a
     for _ in range(steps):
-        w, v = ((z + new.float()).logsumexp(1, keepdim=True) for z in (log_w, log_v))
-        if (v.double().mean() - w.double().mean()).item() < value:
+        (on_x, w), (on_y, v) = (log_sum(z + new.float()) for z in (log_w, log_v))
+        risen = (on_y.double().mean() - on_x.double().mean()).item()
+        if risen < value:
             damping *= 8
         else:
-            log_a, value, damping = new, (v.double().mean() - w.double().mean()).item(), max(damping / 4, 1e-4)
-            w, v = (log_w + (log_a.float() - w)).exp_(), (log_v + (log_a.float() - v)).exp_().mean(0).double()
-            mass = w.double().mean(0)
-            if (mass - v).abs().sum() < tolerance:
+            log_a, value, damping = new, risen, max(damping / 4, 1e-4)
+            mass, slope = w.mean(0).double(), (v.mean(0) - w.mean(0)).double()
+            if slope.abs().sum() < tolerance:
                 break
-            slope = v - mass
-            curvature = mass.diag() - (w.T @ w).double() / len(w) + 1e-9 * torch.eye(len(mass), device=x.device)
+            few = w[::max(1, len(w) // FEW)]  # enough for a curvature
+            curvature = mass.diag() - (few.T @ few).double() / len(few) + 1e-9 * torch.eye(len(mass), device=x.device)
         step = torch.linalg.solve(curvature + damping * (mass + 1e-4).diag(), slope)
         new = log_a + step.clamp(-5, 5)
     plan.log_a.copy_(log_a - log_a.logsumexp(0))
@@ -155,20 +155,19 @@ def moves_of(plan):
 
 @torch.no_grad()
 def climb(plan, x, y, steps):
-    """L-BFGS on the dual over all rows, whose line search makes it an ascent; yields once, log a balanced."""
+    """L-BFGS on the dual over all rows, whose line search makes it an ascent; yields balance's value at the end."""
     moves, put, loss = moves_of(plan)
     opt = torch.optim.LBFGS(moves, max_iter=steps, max_eval=2 * steps, history_size=20, tolerance_grad=1e-8,
                             tolerance_change=1e-10, line_search_fn="strong_wolfe")
     x_basis, y_basis = x @ plan.R, y @ plan.inverse.T
     opt.step(lambda: loss(x_basis, y_basis))
     put()
-    balance(plan, x, y)
-    yield
+    yield balance(plan, x, y)
 
 
 @torch.no_grad()
 def stir(plan, x, y, steps, batch=2048, rate=0.03):
-    """Adam on batches, whose noise leads out of poor optima; yields after every quarter, log a balanced."""
+    """Adam on batches, whose noise leads out of poor optima; yields balance's value after every quarter."""
     moves, put, loss = moves_of(plan)
     opt, start = torch.optim.Adam(moves, betas=(0.9, 0.99), fused=True), plan.log_a.clone()
     for step in range(steps):
@@ -178,9 +177,9 @@ def stir(plan, x, y, steps, batch=2048, rate=0.03):
         opt.step()
         if (step + 1) % max(1, steps // 4) == 0 or step + 1 == steps:
             put()
-            balance(plan, x, y)
+            value = balance(plan, x, y)
             moves[3].copy_(plan.log_a - start)
-            yield
+            yield value
 
 
 @torch.no_grad()
@@ -188,15 +187,14 @@ def ascend(plan, x, y, near, climbs, stirs):
     """A stage, at one eps: a climb, a stir, further climbs, each undone where the training objective has not risen.
     Ends with the best on near = (x, y), rows that choose the step, of those at which it is not below the first.
     -> whether the stir has helped."""
-    balance(plan, x, y)
-    first = value = plan.objective(x, y).item()
+    first = value = balance(plan, x, y)  # the training objective over eps, up to a constant
     best, stirred = (plan.objective(*near).item(), plan.kept()), False
     for k in range(1 + climbs // 10):
         moving = stir(plan, x, y, stirs) if k == min(1, climbs // 10) else climb(plan, x, y, 10)
         before, state = value, plan.kept()
         try:
-            for _ in moving:
-                value, on_near = plan.objective(x, y).item(), plan.objective(*near).item()
+            for value in moving:
+                on_near = plan.objective(*near).item()
                 if value >= first and on_near > best[0]:
                     best = on_near, plan.kept()
         except torch.linalg.LinAlgError:  # a step too far for float32
