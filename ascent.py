@@ -12,7 +12,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from mixture import Mixture, Plan, covariance_within, gain_of, gaussian_map, gaussian_plan, log_sum, noise_shares
+from mixture import Mixture, Plan, gaussian_map, log_sum, noise_shares
 
 ROWS_PER_RANK = 15       # rows of a component's own that carry a column of its U
 ROWS_PER_COMPONENT, ROWS_PER_COLUMN = 50, 0.5  # at least so many for a component: of fewer its mean is noise
@@ -20,6 +20,33 @@ SIZES = (5, 20, 40, 60, 100, 200, 400)  # components
 COOLING = 10 ** 0.5      # at most, from stage to stage: eps falls from the mean cost down
 CLIMBS, STIRS = 30, 50   # steps of L-BFGS and of Adam; at the eps asked for twice as many of Adam
 FEW, MANY = 20_000, 200_000  # most rows seen on the way, and at the eps asked for
+
+
+# ------------------------------------------------------------------------------------------------ one Gaussian
+
+def widened(S, second):
+    """Covariance S (D, D), widened by what float32 can tell where it has not full rank: equal points, constant columns
+    and values of a grid are no error.  second: E z z^T, of which S is what the mean leaves."""
+    least = (4e-6 * torch.linalg.matrix_norm(second) + 1e-12) * torch.eye(len(S), dtype=S.dtype, device=S.device)
+    return S + 2 * least * (torch.linalg.cholesky_ex(S - least)[1] > 0)
+
+
+def covariance_within(z, weights, prior=0.0):
+    """Mean covariance (D, D), float64, of parts of z (n, D), which weights (n, K) share out; shrunk to its diagonal as
+    by a share `prior` of the sample in more points."""
+    mass, second = weights.mean(0).double().clamp_min(1e-12), (z.T @ z).double() / len(z)
+    sums = (weights.T @ z).double() / len(z)
+    S = second - sums.T @ (sums / mass[:, None])
+    return widened(S.lerp(S.diag().diag(), prior / (1 + prior)), second)
+
+
+def gaussian_plan(x, y, eps):
+    """The plan between the Gaussians of x (n, D) and y (m, D)."""
+    plan, prior = Mixture(x.shape[1], 1, 0, eps).to(x.device), x.shape[1] / min(len(x), len(y))
+    P, Q = (covariance_within(z, z.new_ones(len(z), 1), prior) for z in (x, y))
+    plan.turn(torch.linalg.cholesky(gaussian_map(P, Q, eps)))
+    plan.r[0] = y.mean(0) @ plan.inverse.T - x.mean(0) @ plan.R
+    return plan
 
 
 # ------------------------------------------------------------------------------------------------ one stage
@@ -131,9 +158,10 @@ def cool(plan, eps, x, y, prior):
         plan.load_state_dict(moved.state_dict())
 
 
-def moves_of(plan):
+def moves_of(plan, prior):
     """-> moves of the parameters, zeros, relative to where they are; put(), which applies them; loss(x, y) of rows
-    in the basis: minus the objective over eps, up to a constant, and its gradient in the moves."""
+    in the basis: minus the objective over eps, up to a constant, and its gradient in the moves.  To it is added what is
+    least where S_k is that of the Gaussian plan within the parts, I in the basis: few rows would overfit S_k."""
     r, d, U, log_a = (getattr(plan, name).clone() for name in ("r", "d", "U", "log_a"))
     moves = [torch.zeros_like(t, memory_format=torch.contiguous_format).requires_grad_() for t in (r, d, U, log_a)]
     root, width = d.sqrt(), math.sqrt(plan.eps) * d.sqrt()
@@ -146,6 +174,7 @@ def moves_of(plan):
         with torch.enable_grad():
             put()
             value = MeanLogSum.apply(x, *plan.of_x()) - MeanLogSum.apply(y, *plan.of_y())
+            value = value + prior / 2 * (plan.d.sum() + plan.U.square().sum() - plan.log_det()[0].sum())
             for move, grad in zip(moves, torch.autograd.grad(value, moves)):
                 move.grad = grad.contiguous()
         return value
@@ -154,9 +183,9 @@ def moves_of(plan):
 
 
 @torch.no_grad()
-def climb(plan, x, y, steps):
+def climb(plan, x, y, prior, steps):
     """L-BFGS on the dual over all rows, whose line search makes it an ascent; yields balance's value at the end."""
-    moves, put, loss = moves_of(plan)
+    moves, put, loss = moves_of(plan, prior)
     opt = torch.optim.LBFGS(moves, max_iter=steps, max_eval=2 * steps, history_size=20, tolerance_grad=1e-8,
                             tolerance_change=1e-10, line_search_fn="strong_wolfe")
     x_basis, y_basis = x @ plan.R, y @ plan.inverse.T
@@ -166,9 +195,9 @@ def climb(plan, x, y, steps):
 
 
 @torch.no_grad()
-def stir(plan, x, y, steps, batch=2048, rate=0.03):
+def stir(plan, x, y, prior, steps, batch=2048, rate=0.03):
     """Adam on batches, whose noise leads out of poor optima; yields balance's value after every quarter."""
-    moves, put, loss = moves_of(plan)
+    moves, put, loss = moves_of(plan, prior)
     opt, start = torch.optim.Adam(moves, betas=(0.9, 0.99), fused=True), plan.log_a.clone()
     for step in range(steps):
         opt.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -183,14 +212,14 @@ def stir(plan, x, y, steps, batch=2048, rate=0.03):
 
 
 @torch.no_grad()
-def ascend(plan, x, y, near, climbs, stirs):
+def ascend(plan, x, y, near, prior, climbs, stirs):
     """A stage, at one eps: a climb, a stir, further climbs, each undone where the training objective has not risen.
     Ends with the best on near = (x, y), rows that choose the step, of those at which it is not below the first.
     -> whether the stir has helped."""
     first = value = balance(plan, x, y)  # the training objective over eps, up to a constant
     best, stirred = (plan.objective(*near).item(), plan.kept()), False
     for k in range(1 + climbs // 10):
-        moving = stir(plan, x, y, stirs) if k == min(1, climbs // 10) else climb(plan, x, y, 10)
+        moving = stir(plan, x, y, prior, stirs) if k == min(1, climbs // 10) else climb(plan, x, y, prior, 10)
         before, state = value, plan.kept()
         try:
             for value in moving:
@@ -209,6 +238,12 @@ def ascend(plan, x, y, near, climbs, stirs):
 
 # ------------------------------------------------------------------------------------------------ all stages
 
+def gain_of(new, old, x, y):
+    """What rows gain in the dual objective from mixture new over old, and its standard error."""
+    on_y, on_x = new(y) - old(y), new.eps * (new.log_z(x) - old.log_z(x))
+    return (on_y.mean() - on_x.mean()).item(), (on_y.var() / len(on_y) + on_x.var() / len(on_x)).sqrt().item()
+
+
 @torch.no_grad()
 def anneal(x, y, near, epses, say=lambda plan, what, left: None, sizes=SIZES, climbs=CLIMBS, stirs=STIRS):
     """For each of epses, from the largest, yields a mixture, or None where rows are too few, and the Gaussian plan.
@@ -223,7 +258,7 @@ def anneal(x, y, near, epses, say=lambda plan, what, left: None, sizes=SIZES, cl
         rank = min(dim, min(n, FEW) // (components * ROWS_PER_RANK))
         new = Mixture(dim, components, rank, top).to(x.device)
         start(new, *few, prior)
-        ascend(new, *few, near, min(climbs, 20), 0)
+        ascend(new, *few, near, prior, min(climbs, 20), 0)
         gain, error = gain_of(new, best, *near)
         say(new, f"{gain / error:.3g} standard errors above fewer", 0)
         found = new if found is None or gain > 2 * error else found  # where P alone has parts, this eps shows none
@@ -236,11 +271,12 @@ def anneal(x, y, near, epses, say=lambda plan, what, left: None, sizes=SIZES, cl
             for left in range(stages, 0, -1):
                 cool(found, found.eps * (eps / found.eps) ** (1 / left), *few, prior)
                 if left > 1:
-                    stirred = stirred and ascend(found, *few, near, 0, stirs)
+                    stirred = stirred and ascend(found, *few, near, prior, 0, stirs)
                     if not stirred:
-                        ascend(found, *few, near, 10, 0)
+                        ascend(found, *few, near, prior, 10, 0)
                     say(found, "cooling", left + 1)
-            ascend(found, x[:MANY], y[:MANY], near, climbs, 2 * stirs)
+            ascend(found, *few, near, prior, 10, 2 * stirs)
+            ascend(found, x[:MANY], y[:MANY], near, prior, climbs - 10, 0)
             say(found, "done", 0)
         yield copy.deepcopy(found), gaussian_plan(x, y, eps)
 

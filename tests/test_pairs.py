@@ -97,9 +97,11 @@ def test_cells_are_alike_from_draw_to_draw_and_move_from_day_to_day(pairs):
 
 def test_the_table_goes_through_the_user_s_door(pairs):
     lines = [line.split() for line in pairs["output"].splitlines() if line.startswith("final pair")]
-    assert [line[2] for line in lines] == ["gauss", "rolls", "cells"]
-    scores = [dict(zip(line[9::2], map(float, line[10::2]))) for line in lines]
+    assert [line[2] for line in lines] == ["gauss", "rolls", "cells", "cells"]  # these two of one fit
+    scores = [dict(zip(line[11::2], map(float, line[12::2]))) for line in lines]
     assert scores[0]["cond_uvp"] < 5 and scores[1]["cond_ratio"] < 9 and scores[2]["energy_ratio"] < 4
+    assert scores[2]["discrete_energy_ratio"] == scores[3]["discrete_energy_ratio"] != scores[3]["energy_ratio"]
     for folder in (name for name in os.listdir(pairs["args"].out) if name.startswith("pair_")):
         held = os.listdir(os.path.join(pairs["args"].out, folder))
-        assert {"X.npy", "Y.npy", "NEW.npy"} < set(held) and sum(name.endswith("_mapped.npy") for name in held) == 1
+        assert {"X.npy", "Y.npy", "NEW.npy"} < set(held)
+        assert sum(name.endswith("_mapped.npy") for name in held) == (2 if "cells" in folder else 1)
