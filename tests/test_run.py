@@ -1,8 +1,6 @@
 """What surrounds a loop keeps its promises: stops, kills, full disks, damaged files, several processes."""
-import collections
 import contextlib
 import io
-import itertools
 import math
 import os
 import random
@@ -497,7 +495,9 @@ def test_stopped_processes_end_together_and_any_number_goes_on(tmp_path, monkeyp
     script = tmp_path / "script" / "train_slow.py"
     script.write_text(SHORT.replace("rows = bank.rows(64)", "import time; time.sleep(0.1); rows = bank.rows(64)"))
     started = processes(script, 2, "--device", "cpu", "--out", tmp_path, "--resume")
-    collections.deque(itertools.takewhile(lambda line: not line.startswith("step     10/"), started[0].stdout), 0)
+    for line in started[0].stdout:
+        if line.startswith("step     10/"):
+            break
     for process in started:  # Ctrl-C
         process.send_signal(signal.SIGINT)
     codes, outputs, errors = ends(started)
