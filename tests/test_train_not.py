@@ -114,7 +114,7 @@ def test_gaussian_to_gaussian_map_is_learned_to_its_known_affine_form(toy_global
     (T, f), averages = ((toy_globals["map_network"](), common.MLP(2, 32, 2, 10.0)) for _ in range(2))
     opt_T, opt_f = (torch.optim.Adam(net.parameters(), betas=(0.0, 0.99), fused=True) for net in (T, f))
     sources, targets = common.kd_order(torch.randn(2 ** 14, 2)), common.kd_order(torch.randn(2 ** 14, 2)) @ A + m
-    steps = 400
+    steps = 200
     for step in range(1, steps + 1):
         for opt in (opt_T, opt_f):
             opt.param_groups[0]["lr"] = 5e-3 * (1 + math.cos(math.pi * step / steps)) / 2
