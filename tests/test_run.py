@@ -194,9 +194,10 @@ def test_a_request_to_stop_is_never_unasked(monkeypatch, tmp_path, short):
     assert steps_kept(tmp_path) == {"short_seed0.pt": 8}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def consoles(tmp_path_factory):
-    """{what becomes of its console: a process of the short script, the folder that it writes to}, all at once."""
+    """{what becomes of its console: a process of the short script, the folder that it writes to}, all at once and
+    beside the first tests, since imports take seconds."""
     wait_at_12 = """
 import signal, run
 due = run.Run.due
@@ -216,7 +217,9 @@ run.Run.due = interrupted"""
                 stdout=subprocess.PIPE if console == "head has ended" else full, text=True, stderr=subprocess.PIPE,
                 preexec_fn=lambda: console == "closed" and os.close(1))
         started[console] = process, folder / "out"
-    return started
+    yield started
+    for process, _ in started.values():
+        process.kill()
 
 
 @pytest.mark.parametrize("console", CONSOLES)
