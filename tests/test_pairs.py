@@ -1,5 +1,4 @@
 """pairs.py: the known plans are plans, the scores by hand, the table through the user's door."""
-import math
 import os
 import subprocess
 import sys
@@ -24,20 +23,6 @@ def pairs(tmp_path_factory):
         patch.setattr(subprocess, "run", in_process)
         output, values = here("pairs.py", "--smoke", "--device", "cpu", "--out", tmp_path_factory.mktemp("pairs"))
     return {**values, "output": output}
-
-
-def test_bw2_by_hand():
-    bw2 = truth.bw2
-    corners = torch.tensor([[1.0, 1.0], [1, -1], [-1, 1], [-1, -1]]).double()  # mean 0, covariance I
-    eye, no = torch.eye(2).double(), torch.zeros(2).double()
-    assert bw2(corners, no, eye) == pytest.approx(0, abs=1e-10)
-    assert bw2(corners + torch.tensor([0.3, 0.4]), no, eye) == pytest.approx(0.25)
-    long = torch.diag(torch.tensor([4.0, 1.0])).double()
-    assert bw2(corners, no, long) == pytest.approx(1)  # (2 - 1)^2
-    turn = torch.tensor([[math.cos(0.5), -math.sin(0.5)], [math.sin(0.5), math.cos(0.5)]]).double()
-    wide, S = corners * torch.tensor([2.0, 1.0]), turn @ long @ turn.T
-    fidelity = math.sqrt((long @ S).trace() + 2 * 4)  # 2 x 2: sqrt(tr P + 2 sqrt(det P))
-    assert bw2(wide, no, S) == pytest.approx(10 - 2 * fidelity)
 
 
 @pytest.mark.parametrize("components, eps", [(1, 0.3), (5, 0.3)])
