@@ -12,7 +12,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from mixture import Mixture, Plan, covariance_within, gain_of, gaussian_map, gaussian_plan, noise_shares
+from mixture import Mixture, Plan, gaussian_map, log_sum, noise_shares
 
 ROWS_PER_RANK = 15       # rows of a component's own that carry a column of its U
 ROWS_PER_COMPONENT, ROWS_PER_COLUMN = 50, 0.5  # at least so many for a component: of fewer its mean is noise
@@ -20,6 +20,33 @@ SIZES = (5, 20, 40, 60, 100, 200, 400)  # components
 COOLING = 10 ** 0.5      # at most, from stage to stage: eps falls from the mean cost down
 CLIMBS, STIRS = 30, 50   # steps of L-BFGS and of Adam; at the eps asked for twice as many of Adam
 FEW, MANY = 20_000, 200_000  # most rows seen on the way, and at the eps asked for
+
+
+# ------------------------------------------------------------------------------------------------ one Gaussian
+
+def widened(S, second):
+    """Covariance S (D, D), widened by what float32 can tell where it has not full rank: equal points, constant columns
+    and values of a grid are no error.  second: E z z^T, of which S is what the mean leaves."""
+    least = (4e-6 * torch.linalg.matrix_norm(second) + 1e-12) * torch.eye(len(S), dtype=S.dtype, device=S.device)
+    return S + 2 * least * (torch.linalg.cholesky_ex(S - least)[1] > 0)
+
+
+def covariance_within(z, weights, prior=0.0):
+    """Mean covariance (D, D), float64, of parts of z (n, D), which weights (n, K) share out; shrunk to its diagonal as
+    by a share `prior` of the sample in more points."""
+    mass, second = weights.mean(0).double().clamp_min(1e-12), (z.T @ z).double() / len(z)
+    sums = (weights.T @ z).double() / len(z)
+    S = second - sums.T @ (sums / mass[:, None])
+    return widened(S.lerp(S.diag().diag(), prior / (1 + prior)), second)
+
+
+def gaussian_plan(x, y, eps):
+    """The plan between the Gaussians of x (n, D) and y (m, D)."""
+    plan, prior = Mixture(x.shape[1], 1, 0, eps).to(x.device), x.shape[1] / min(len(x), len(y))
+    P, Q = (covariance_within(z, z.new_ones(len(z), 1), prior) for z in (x, y))
+    plan.turn(torch.linalg.cholesky(gaussian_map(P, Q, eps)))
+    plan.r[0] = y.mean(0) @ plan.inverse.T - x.mean(0) @ plan.R
+    return plan
 
 
 # ------------------------------------------------------------------------------------------------ one stage
@@ -37,9 +64,8 @@ class MeanLogSum(torch.autograd.Function):
             if factor.shape[1]:
                 seen = (part @ factor.flatten(1)).view(len(part), *factor.shape[1:])
                 out += seen.square().sum(1)
-            log_sum = out.logsumexp(1, keepdim=True)
-            share = out.sub_(log_sum).exp_()
-            total = total + log_sum.sum()
+            log_of_sum, share = log_sum(out)
+            total = total + log_of_sum.sum()
             grads[0] += share.sum(0)
             grads[1].addmm_(share.T, squares)
             grads[2].addmm_(share.T, part)
@@ -91,22 +117,23 @@ def start(plan, x, y, prior):
 
 @torch.no_grad()
 def balance(plan, x, y, steps=30, tolerance=1e-3):
-    """Move a_k until both parts have the same mass, by Newton's method with a line search: an ascent."""
+    """Move a_k until both parts have the same mass, by Newton's method with a line search: an ascent.
+    -> E_Q log v - E_P log sum_k ... of the rows."""
     log_w, log_v = plan.log_w(x) - plan.log_a, plan.log_v(y) - plan.log_a
     log_a, damping, value = plan.log_a.double(), 1.0, -math.inf
     new = log_a
     for _ in range(steps):
-        w, v = ((z + new.float()).logsumexp(1, keepdim=True) for z in (log_w, log_v))
-        if (v.double().mean() - w.double().mean()).item() < value:
+        (on_x, w), (on_y, v) = (log_sum(z + new.float()) for z in (log_w, log_v))
+        risen = (on_y.double().mean() - on_x.double().mean()).item()
+        if risen < value:
             damping *= 8
         else:
-            log_a, value, damping = new, (v.double().mean() - w.double().mean()).item(), max(damping / 4, 1e-4)
-            w, v = (log_w + (log_a.float() - w)).exp_(), (log_v + (log_a.float() - v)).exp_().mean(0).double()
-            mass = w.double().mean(0)
-            if (mass - v).abs().sum() < tolerance:
+            log_a, value, damping = new, risen, max(damping / 4, 1e-4)
+            mass, slope = w.mean(0).double(), (v.mean(0) - w.mean(0)).double()
+            if slope.abs().sum() < tolerance:
                 break
-            slope = v - mass
-            curvature = mass.diag() - (w.T @ w).double() / len(w) + 1e-9 * torch.eye(len(mass), device=x.device)
+            few = w[::max(1, len(w) // FEW)]  # enough for a curvature
+            curvature = mass.diag() - (few.T @ few).double() / len(few) + 1e-9 * torch.eye(len(mass), device=x.device)
         step = torch.linalg.solve(curvature + damping * (mass + 1e-4).diag(), slope)
         new = log_a + step.clamp(-5, 5)
     plan.log_a.copy_(log_a - log_a.logsumexp(0))
@@ -131,9 +158,10 @@ def cool(plan, eps, x, y, prior):
         plan.load_state_dict(moved.state_dict())
 
 
-def moves_of(plan):
+def moves_of(plan, prior):
     """-> moves of the parameters, zeros, relative to where they are; put(), which applies them; loss(x, y) of rows
-    in the basis: minus the objective over eps, up to a constant, and its gradient in the moves."""
+    in the basis: minus the objective over eps, up to a constant, and its gradient in the moves.  To it is added what is
+    least where S_k is that of the Gaussian plan within the parts, I in the basis: few rows would overfit S_k."""
     r, d, U, log_a = (getattr(plan, name).clone() for name in ("r", "d", "U", "log_a"))
     moves = [torch.zeros_like(t, memory_format=torch.contiguous_format).requires_grad_() for t in (r, d, U, log_a)]
     root, width = d.sqrt(), math.sqrt(plan.eps) * d.sqrt()
@@ -146,6 +174,7 @@ def moves_of(plan):
         with torch.enable_grad():
             put()
             value = MeanLogSum.apply(x, *plan.of_x()) - MeanLogSum.apply(y, *plan.of_y())
+            value = value + prior / 2 * (plan.d.sum() + plan.U.square().sum() - plan.log_det()[0].sum())
             for move, grad in zip(moves, torch.autograd.grad(value, moves)):
                 move.grad = grad.contiguous()
         return value
@@ -154,22 +183,21 @@ def moves_of(plan):
 
 
 @torch.no_grad()
-def climb(plan, x, y, steps):
-    """L-BFGS on the dual over all rows, whose line search makes it an ascent; yields once, log a balanced."""
-    moves, put, loss = moves_of(plan)
+def climb(plan, x, y, prior, steps):
+    """L-BFGS on the dual over all rows, whose line search makes it an ascent; yields balance's value at the end."""
+    moves, put, loss = moves_of(plan, prior)
     opt = torch.optim.LBFGS(moves, max_iter=steps, max_eval=2 * steps, history_size=20, tolerance_grad=1e-8,
                             tolerance_change=1e-10, line_search_fn="strong_wolfe")
     x_basis, y_basis = x @ plan.R, y @ plan.inverse.T
     opt.step(lambda: loss(x_basis, y_basis))
     put()
-    balance(plan, x, y)
-    yield
+    yield balance(plan, x, y)
 
 
 @torch.no_grad()
-def stir(plan, x, y, steps, batch=2048, rate=0.03):
-    """Adam on batches, whose noise leads out of poor optima; yields after every quarter, log a balanced."""
-    moves, put, loss = moves_of(plan)
+def stir(plan, x, y, prior, steps, batch=2048, rate=0.03):
+    """Adam on batches, whose noise leads out of poor optima; yields balance's value after every quarter."""
+    moves, put, loss = moves_of(plan, prior)
     opt, start = torch.optim.Adam(moves, betas=(0.9, 0.99), fused=True), plan.log_a.clone()
     for step in range(steps):
         opt.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -178,25 +206,24 @@ def stir(plan, x, y, steps, batch=2048, rate=0.03):
         opt.step()
         if (step + 1) % max(1, steps // 4) == 0 or step + 1 == steps:
             put()
-            balance(plan, x, y)
+            value = balance(plan, x, y)
             moves[3].copy_(plan.log_a - start)
-            yield
+            yield value
 
 
 @torch.no_grad()
-def ascend(plan, x, y, near, climbs, stirs):
+def ascend(plan, x, y, near, prior, climbs, stirs):
     """A stage, at one eps: a climb, a stir, further climbs, each undone where the training objective has not risen.
     Ends with the best on near = (x, y), rows that choose the step, of those at which it is not below the first.
     -> whether the stir has helped."""
-    balance(plan, x, y)
-    first = value = plan.objective(x, y).item()
+    first = value = balance(plan, x, y)  # the training objective over eps, up to a constant
     best, stirred = (plan.objective(*near).item(), plan.kept()), False
     for k in range(1 + climbs // 10):
-        moving = stir(plan, x, y, stirs) if k == min(1, climbs // 10) else climb(plan, x, y, 10)
+        moving = stir(plan, x, y, prior, stirs) if k == min(1, climbs // 10) else climb(plan, x, y, prior, 10)
         before, state = value, plan.kept()
         try:
-            for _ in moving:
-                value, on_near = plan.objective(x, y).item(), plan.objective(*near).item()
+            for value in moving:
+                on_near = plan.objective(*near).item()
                 if value >= first and on_near > best[0]:
                     best = on_near, plan.kept()
         except torch.linalg.LinAlgError:  # a step too far for float32
@@ -210,6 +237,12 @@ def ascend(plan, x, y, near, climbs, stirs):
 
 
 # ------------------------------------------------------------------------------------------------ all stages
+
+def gain_of(new, old, x, y):
+    """What rows gain in the dual objective from mixture new over old, and its standard error."""
+    on_y, on_x = new(y) - old(y), new.eps * (new.log_z(x) - old.log_z(x))
+    return (on_y.mean() - on_x.mean()).item(), (on_y.var() / len(on_y) + on_x.var() / len(on_x)).sqrt().item()
+
 
 @torch.no_grad()
 def anneal(x, y, near, epses, say=lambda plan, what, left: None, sizes=SIZES, climbs=CLIMBS, stirs=STIRS):
@@ -225,7 +258,7 @@ def anneal(x, y, near, epses, say=lambda plan, what, left: None, sizes=SIZES, cl
         rank = min(dim, min(n, FEW) // (components * ROWS_PER_RANK))
         new = Mixture(dim, components, rank, top).to(x.device)
         start(new, *few, prior)
-        ascend(new, *few, near, min(climbs, 20), 0)
+        ascend(new, *few, near, prior, min(climbs, 20), 0)
         gain, error = gain_of(new, best, *near)
         say(new, f"{gain / error:.3g} standard errors above fewer", 0)
         found = new if found is None or gain > 2 * error else found  # where P alone has parts, this eps shows none
@@ -238,11 +271,12 @@ def anneal(x, y, near, epses, say=lambda plan, what, left: None, sizes=SIZES, cl
             for left in range(stages, 0, -1):
                 cool(found, found.eps * (eps / found.eps) ** (1 / left), *few, prior)
                 if left > 1:
-                    stirred = stirred and ascend(found, *few, near, 0, stirs)
+                    stirred = stirred and ascend(found, *few, near, prior, 0, stirs)
                     if not stirred:
-                        ascend(found, *few, near, 10, 0)
+                        ascend(found, *few, near, prior, 10, 0)
                     say(found, "cooling", left + 1)
-            ascend(found, x[:MANY], y[:MANY], near, climbs, 2 * stirs)
+            ascend(found, *few, near, prior, 10, 2 * stirs)
+            ascend(found, x[:MANY], y[:MANY], near, prior, climbs - 10, 0)
             say(found, "done", 0)
         yield copy.deepcopy(found), gaussian_plan(x, y, eps)
 

@@ -261,7 +261,7 @@ columns |= {f"at {100 * part:.0f} %": early for part, early in zip(EARLY, bank.e
 nearest = y[torch.cdist(four[:, 0].flatten(1), y.flatten(1)).argmin(1)]
 columns |= {"four translations": four.flatten(0, 1), "nearest\nto the first": nearest, "real": test_real[:len(shown)]}
 images.save_panels(f"{name}.png", f"{os.path.basename(name)}, {run.step} steps, {run.seconds:.0f} s",
-                   *((column, len(column) // len(shown), what) for what, column in columns.items()))
+                   *((column, max(1, len(column) // len(shown)), what) for what, column in columns.items()))
 done = bank.scores[:, 0].isfinite().cpu()
 steps = (torch.arange(len(done)) * SCORE_EVERY).clamp(max=run.step)
 images.save_curves(f"{name}_curves.png", steps[done], dict(zip(CURVES, bank.scores.cpu()[done].T)))

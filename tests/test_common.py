@@ -244,8 +244,8 @@ def test_a_one_dimensional_problem_is_learned_to_its_known_plan():
     bank, steps = common.Bank(source, source), 500
     for step in range(1, steps + 1):
         opt.param_groups[0]["lr"] = 5e-3 * (1 - step / steps)
-        rows, y_pos = bank.rows(256), target[common.stratified_rows(len(target), 256)]
-        bank.y[rows], _, _ = common.langevin(f, bank.x[rows], bank.y[rows], eps, 0.3, 4)
+        rows, y_pos = bank.rows(512), target[common.stratified_rows(len(target), 512)]
+        bank.y[rows], _, _ = common.langevin(f, bank.x[rows], bank.y[rows], eps, 0.3, 2)
         common.train_step(f, opt, y_pos, bank.y[rows])
         common.update_ema(f_avg, f, 0.98, step)
     x, grid = torch.tensor([[-1.5], [0.0], [1.5]]), torch.linspace(-4, 5, 2001)[:, None]

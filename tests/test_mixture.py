@@ -8,9 +8,9 @@ import torch
 
 import ascent
 import mixture
-from ascent import MeanLogSum, anneal
+from ascent import MeanLogSum, anneal, gain_of, gaussian_plan
 from common import quadratic_cost
-from mixture import MainPlan, Mixture, Plan, forms, gain_of, gaussian_map, gaussian_plan, noise_shares
+from mixture import MainPlan, Mixture, Plan, forms, gaussian_map, log_sum, noise_shares
 
 
 # ------------------------------------------------------------------------------------------------ closed forms
@@ -208,6 +208,12 @@ def test_main_plan_at_eps_0_is_the_optimal_map_between_gaussians():
 
 # ------------------------------------------------------------------------------------------------ the fit
 
+def test_log_sum_is_logsumexp_and_softmax():
+    terms = 100 * torch.randn(50, 7, generator=torch.Generator().manual_seed(0))
+    log_of_sum, share = log_sum(terms)
+    assert torch.allclose(log_of_sum, terms.logsumexp(1, keepdim=True)) and torch.allclose(share, terms.softmax(1))
+
+
 def test_one_component_is_the_gaussian_plan():
     torch.manual_seed(0)
     x, y, eps = torch.randn(5000, 3) @ torch.randn(3, 3), torch.randn(5000, 3) @ torch.randn(3, 3) + 2, 0.3
@@ -219,7 +225,7 @@ def test_one_component_is_the_gaussian_plan():
     m0, m1 = x.mean(0), y.mean(0)
     assert torch.allclose(plan.mean(m0[None])[0], m1, atol=1e-3)
     alone = plan.kept()
-    ascent.ascend(plan, x, y, (x, y), 10, 20)
+    ascent.ascend(plan, x, y, (x, y), 0.0, 10, 20)
     for name, value in plan.kept().items():  # stationary: the ascent leaves it, but for the prior
         assert torch.allclose(value, alone[name], atol=0.02)
 
@@ -280,11 +286,28 @@ def test_the_fit_ends_where_the_gradient_is_zero():
     ascent.start(plan, x, y, 0.01)
     sizes = []
     for _ in range(12):
-        list(ascent.climb(plan, x, y, 20))
-        moves, put, loss = ascent.moves_of(plan)
+        list(ascent.climb(plan, x, y, 0.0, 20))
+        moves, put, loss = ascent.moves_of(plan, 0.0)
         loss(x @ plan.R, y @ plan.inverse.T)
         sizes.append(max(move.grad.abs().max().item() for move in moves))
     assert sizes[-1] < 5e-3 < 5e-2 < sizes[0] or sizes[-1] < 1e-3
+
+
+def test_a_large_prior_leaves_the_plan_within_the_parts():
+    """The prior is least where S_k is I in the basis, whatever its diagonal and U share of it."""
+    torch.manual_seed(0)
+    x, y = cell_like(400, dim=3)
+    plan = Mixture(3, 4, 2, 2.0)
+    ascent.start(plan, x, y, 0.01)
+    away = []
+    for prior in (0.0, 0.1, 100.0):
+        plan.d, plan.U = torch.full((4, 3), 0.5), 0.4 * torch.randn(4, 3, 2)
+        for _ in range(3):
+            list(ascent.climb(plan, x, y, prior, 20))
+        S = plan.d.diag_embed() + plan.U @ plan.U.mT
+        assert torch.allclose(plan.log_det()[0], torch.logdet(S), atol=1e-4)
+        away.append((S - torch.eye(3)).abs().max().item())
+    assert away[2] < 0.02 < away[1] < away[0]
 
 
 def test_balance_equals_masses_and_ascends():

@@ -9,7 +9,6 @@ from PIL import Image
 
 import common
 import images
-import truth
 from conftest import checkpoint, final, here, refuses, smoke, whole, written
 from run import Run
 
@@ -26,7 +25,7 @@ def test_not_diverging_is_said_and_the_good_checkpoint_kept(tmp_path, monkeypatc
 
     def poisoned(average, net, *a):
         calls[0] += 1
-        if calls[0] == 12:  # of the sixth step
+        if calls[0] == 6:
             next(net.parameters()).data.fill_(float("nan"))
         return update_ema(average, net, *a)
 
@@ -41,8 +40,7 @@ def test_not_diverging_is_said_and_the_good_checkpoint_kept(tmp_path, monkeypatc
     name = "not_moons_strong_convex1_seed0_smoke"
     refuses(smoke(name, tmp_path, code=2)[0], "diverged", "step 6", "checkpoint is kept", "T_STEPS")
     kept = checkpoint(tmp_path, name)
-    parts = [kept[part] for part in ("T", "f", "T_avg", "f_avg")]
-    assert kept["step"] == 5 and all(v.isfinite().all() for part in parts for v in part.values())
+    assert kept["step"] == 5 and all(v.isfinite().all() for part in ("nets", "averages") for v in kept[part].values())
 
 
 @pytest.mark.parametrize("bad", [["--cost", "x"], ["--convex", "-1"], ["--convex", "nan"], ["--convex", "inf"],
@@ -67,19 +65,20 @@ def folders(path, varied=True):
 
 @pytest.fixture(scope="module")
 def folder_run(tmp_path_factory):
-    """A smoke run on two folders: where it writes, output, globals."""
+    """A smoke run on two folders, weak cost: where it writes, output, globals."""
     path = tmp_path_factory.mktemp("folders")
-    options = "--smoke", "--out", path / "out", "--data-set", *folders(path)
+    options = "--smoke", "--out", path / "out", "--cost", "weak", "--data-set", *folders(path)
     return path / "out", *here("train_not.py", *options, draw=True)
 
 
 def test_folders_of_images(folder_run):
     out, output, values = folder_run
     scores, name = final(output), os.path.basename(values["name"])
-    assert re.fullmatch("not_A_to_B_32_[0-9a-f]{8}_strong_convex0_seed0_smoke", name)
+    assert re.fullmatch("not_A_to_B_32_[0-9a-f]{8}_weak_convex0_seed0_smoke", name)
     assert written(out) == {f"{name}{end}" for end in (".pt", ".png", "_curves.png", "_pairs.pt")}
     assert [len(values[part]) for part in ("sources", "targets", "test_x", "test_real")] == [36, 27, 4, 3]
     x, y = torch.load(out / f"{name}_pairs.pt", weights_only=True).values()
+    assert y.shape == (4, 4, 3, 32, 32) and y.abs().max() <= 1 and "round_trip" not in scores
     expected = images.translation_scores(x, y, values["test_real"], values["targets"])
     assert all(scores[k] == pytest.approx(v, rel=1e-3, abs=1e-6) for k, v in expected.items())
     assert (y[:, 0] - values["start"].map(x).clamp(-1, 1)).abs().max() < 0.5  # twelve steps from there
@@ -115,7 +114,7 @@ def test_gaussian_to_gaussian_map_is_learned_to_its_known_affine_form(toy_global
     (T, f), averages = ((toy_globals["map_network"](), common.MLP(2, 32, 2, 10.0)) for _ in range(2))
     opt_T, opt_f = (torch.optim.Adam(net.parameters(), betas=(0.0, 0.99), fused=True) for net in (T, f))
     sources, targets = common.kd_order(torch.randn(2 ** 14, 2)), common.kd_order(torch.randn(2 ** 14, 2)) @ A + m
-    steps = 400
+    steps = 200
     for step in range(1, steps + 1):
         for opt in (opt_T, opt_f):
             opt.param_groups[0]["lr"] = 5e-3 * (1 + math.cos(math.pi * step / steps)) / 2
@@ -192,16 +191,11 @@ def test_not_scores_by_hand(toy_globals, monkeypatch):
     monkeypatch.setitem(toy_globals, "WEAK_STEPS", 300)
     x, near, far = torch.randn(30, 2), torch.tensor([0.1, 0.0]), torch.tensor([0.0, 0.3])
     order = torch.randperm(30)
-    means, floor = toy_globals["discrete"](x, [x[order] + near, x[order] - far])  # common shifts are optimal
+    means = toy_globals["discrete"](x, [x[order] + near, x[order] - far])  # common shifts are optimal
     assert torch.allclose(means[0], x + near, atol=1e-5) and torch.allclose(means[1], x - far, atol=1e-5)
-    assert floor == pytest.approx(0.1, rel=1e-4)
-    assert toy_globals["error_ratio"](x + near, means, floor) == pytest.approx(0.5, rel=1e-4)
-    assert toy_globals["error_ratio"](x + (near - far) / 2, means, floor) == pytest.approx(0.25, rel=1e-4)
-    assert truth.w2(x, x[order] + far) == pytest.approx(0.09, rel=1e-4)
     targets = [torch.cat([x + s, x - s]) for s in (near, 5 * far)]  # E[y|x] = x has barycentric cost 0
     monkeypatch.setitem(toy_globals, "WEAK", True)
-    means, floor = toy_globals["discrete"](x, targets)
-    assert all((m - x).square().sum(1).mean() < 0.01 for m in means) and floor < 0.01
+    assert all((m - x).square().sum(1).mean() < 0.01 for m in toy_globals["discrete"](x, targets))
 
 
 def test_descend_moves_one_network_in_any_layout(monkeypatch):
@@ -209,13 +203,13 @@ def test_descend_moves_one_network_in_any_layout(monkeypatch):
     values = whole("not_cmnist_strong_convex1_seed0_smoke")[2]
     torch.manual_seed(0)
     monkeypatch.setitem(values["noisy"].__globals__, "NOISE", 0.0)
-    x, first = torch.rand(5, 3, 32, 32) * 2 - 1, values["Translator"](values["start"])
+    x, first = torch.rand(5, 3, 32, 32) * 2 - 1, values["Translator"]()
     assert torch.allclose(values["transport"](first, x)[:, 0], values["start"].map(x), atol=1e-5)  # linear at the start
     for p in first.parameters():
         p.data += 0.05 * torch.randn_like(p)
-    f, results = values["Potential"](values["start"]), []
+    f, results = values["Potential"](), []
     for layout in (torch.channels_last, torch.contiguous_format):
-        T = values["Translator"](values["start"])
+        T = values["Translator"]()
         T.load_state_dict(first.state_dict())
         T.to(memory_format=layout)
         f.to(memory_format=layout)
@@ -231,18 +225,20 @@ def test_descend_moves_one_network_in_any_layout(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["not_moons_strong_convex1_seed0_smoke", "not_roll_weak_convex0_seed0_smoke",
-                                  "not_cmnist_strong_convex1_seed0_smoke", "not_cmnist_weak_convex1_seed0_smoke"])
+                                  "not_cmnist_strong_convex1_seed0_smoke"])
 def test_what_a_run_scores_and_writes(name):
-    folder, output, _ = whole(name)
+    folder, output, values = whole(name)
     scores, digits, weak = final(output), "cmnist" in name, "weak" in name
     assert scores["steps"] == 12 and {"convex", "jensen", "violated", "params", "train_s"} < set(scores)
     if not digits:  # the log scores as the last line does
         last = re.findall(r"  map_ratio (\S+)", output)[-1]
         assert float(last) == pytest.approx(scores["map_ratio"], rel=1e-3)
+        apart = (values["map_means"][0] - values["map_means"][1]).square().sum(1).mean().item()
+        assert scores["map_floor"] == pytest.approx(apart, rel=1e-3)
     assert ("round_trip" in scores) != weak and ("inv_ratio" in scores) == (not digits and not weak)
     assert written(folder) == {name + end for end in (".pt", ".png", "_curves.png", "_pairs.pt")[:4 if digits else 3]}
     if digits:
         x, y = torch.load(folder / f"{name}_pairs.pt", weights_only=True).values()
-        assert x.shape == (6, 3, 32, 32) and y.shape == (6, 4 if weak else 1, 3, 32, 32) and y.abs().max() <= 1
+        assert x.shape == (6, 3, 32, 32) and y.shape == (6, 1, 3, 32, 32) and y.abs().max() <= 1
         assert scores["cost"] == pytest.approx((y - x[:, None]).square().sum((2, 3, 4)).mean().item() / 2, rel=1e-3)
-        assert scores["spread"] == pytest.approx(y.var(1).sqrt().mean().item() if weak else 0, rel=1e-3)
+        assert scores["spread"] == 0

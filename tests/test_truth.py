@@ -88,6 +88,13 @@ def test_quantiles_of_weighted_points_and_sliced_w2():
     assert truth.sliced_w2(a, b) == pytest.approx(25 / 2, rel=1e-4)  # |shift . u|^2 over half a turn
 
 
+def test_map_ratio_by_hand():
+    x, near, far = torch.randn(30, 2), torch.tensor([0.1, 0.0]), torch.tensor([0.0, 0.3])
+    means = x + near, x - far
+    assert truth.map_ratio(x + near, means) == pytest.approx(0.5, rel=1e-4)  # a reference itself: error 0 and the floor
+    assert truth.map_ratio(x + (near - far) / 2, means) == pytest.approx(0.25, rel=1e-4)  # their middle
+
+
 def test_w2_of_shifted_samples_and_its_ratio():
     x, _ = samples(50)
     shuffled = x.flip(0)
