@@ -17,6 +17,7 @@ from mixture import Mixture, Plan, gaussian_map, log_sum, noise_shares
 ROWS_PER_RANK = 15       # rows of a component's own that carry a column of its U
 ROWS_PER_COMPONENT, ROWS_PER_COLUMN = 50, 0.5  # at least so many for a component: of fewer its mean is noise
 SIZES = (5, 20, 40, 60, 100, 200, 400)  # components
+PRIOR = 0.3              # rows for each column that hold an S_k to the Gaussian plan within the parts
 COOLING = 10 ** 0.5      # at most, from stage to stage: eps falls from the mean cost down
 CLIMBS, STIRS = 30, 50   # steps of L-BFGS and of Adam; at the eps asked for twice as many of Adam
 FEW, MANY = 20_000, 200_000  # most rows seen on the way, and at the eps asked for
@@ -174,7 +175,7 @@ def moves_of(plan, prior):
         with torch.enable_grad():
             put()
             value = MeanLogSum.apply(x, *plan.of_x()) - MeanLogSum.apply(y, *plan.of_y())
-            value = value + prior / 2 * (plan.d.sum() + plan.U.square().sum() - plan.log_det()[0].sum())
+            value = value + PRIOR * prior / 2 * (plan.d.sum() + plan.U.square().sum() - plan.log_det()[0].sum())
             for move, grad in zip(moves, torch.autograd.grad(value, moves)):
                 move.grad = grad.contiguous()
         return value
