@@ -38,9 +38,15 @@ RUNS = {
 # ------------------------------------------------------------------------------------------------ running scripts
 
 NO_COMPILER = """
-import torch, types
-torch._dynamo = sys.modules["torch._dynamo"] = types.SimpleNamespace(
-    disable=lambda f, *_, **__: f, graph_break=dict, trace_rules=types.SimpleNamespace(clear_lru_cache=dict))"""
+import types, torch
+class Nothing(types.ModuleType):  # whatever is asked of it leaves its argument as it is
+    def __getattr__(self, name):
+        if name.startswith('__'):
+            raise AttributeError(name)
+        return self
+    def __call__(self, f=None, *_, **__):
+        return f
+torch._dynamo = sys.modules['torch._dynamo'] = Nothing('torch._dynamo')"""
 
 
 def command(script, *options, prelude=""):
