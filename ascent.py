@@ -275,7 +275,7 @@ def anneal(x, y, near, epses, say=lambda plan, what, left: None, sizes=SIZES, cl
                     stirred = stirred and ascend(found, *few, near, prior, 0, stirs)
                     if not stirred:
                         ascend(found, *few, near, prior, 10, 0)
-                    say(found, "cooling", left + 1)
+                    say(found, "cooling", left - 1 + 2 * max(1, min(n, MANY) / FEW))  # the last sees all rows
             ascend(found, *few, near, prior, 10, 2 * stirs)
             ascend(found, x[:MANY], y[:MANY], near, prior, climbs - 10, 0)
             say(found, "done", 0)
