@@ -119,7 +119,7 @@ def start(plan, x, y, prior):
 @torch.no_grad()
 def balance(plan, x, y, steps=30, tolerance=1e-3):
     """Move a_k until both parts have the same mass, by Newton's method with a line search: an ascent.
-    -> E_Q log v - E_P log sum_k ... of the rows."""
+    -> the dual objective of the rows over eps, up to a constant."""
     log_w, log_v = plan.log_w(x) - plan.log_a, plan.log_v(y) - plan.log_a
     log_a, damping, value = plan.log_a.double(), 1.0, -math.inf
     new = log_a
@@ -217,7 +217,7 @@ def ascend(plan, x, y, near, prior, climbs, stirs):
     """A stage, at one eps: a climb, a stir, further climbs, each undone where the training objective has not risen.
     Ends with the best on near = (x, y), rows that choose the step, of those at which it is not below the first.
     -> whether the stir has helped."""
-    first = value = balance(plan, x, y)  # the training objective over eps, up to a constant
+    first = value = balance(plan, x, y)
     best, stirred = (plan.objective(*near).item(), plan.kept()), False
     for k in range(1 + climbs // 10):
         moving = stir(plan, x, y, prior, stirs) if k == min(1, climbs // 10) else climb(plan, x, y, prior, 10)

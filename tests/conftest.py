@@ -31,6 +31,8 @@ RUNS = {
     "not_moons_strong_convex1_seed0_smoke": ("train_not.py",),
     "not_roll_weak_convex0_seed0_smoke": ("train_not.py", "--cost", "weak", "--convex", "0", "--data-set", "roll"),
     "not_cmnist_strong_convex1_seed0_smoke": ("train_not.py", "--data-set", "cmnist", "--data", "{none}"),
+    "not_cmnist_weak_convex1_seed0_smoke": ("train_not.py", "--cost", "weak", "--data-set", "cmnist",
+                                            "--data", "{none}"),
     "afhq_cat_eps1_seed0_smoke": ("train_afhq_latent.py", "--translate", "{out}/translated"),
 }
 

@@ -6,7 +6,6 @@ import os
 import random
 import re
 import resource
-import shutil
 import signal
 import socket
 import struct
@@ -16,7 +15,7 @@ import zipfile
 
 import pytest
 import torch
-from conftest import at_step, checkpoint, command, final, here, refuses, same, signal_at, written
+from conftest import at_step, checkpoint, command, final, here, refuses, same, written
 
 import common
 import run as room
@@ -490,21 +489,30 @@ def test_two_processes_with_half_the_batch_take_the_step_of_one_and_end_together
     assert max((a - b).abs().max() for a, b in zip(one, two[0])) < 1e-6
 
 
-def test_stopped_processes_end_together_and_any_number_goes_on(tmp_path, monkeypatch, short):
-    with monkeypatch.context() as patch:
-        signal_at(patch, 5, signal.SIGINT)
-        short("--out", tmp_path / "one")  # one process, which holds the lock there
-    shutil.copy(tmp_path / "one" / "short_seed0.pt", tmp_path)
+def test_stopped_and_killed_processes_end_together_and_any_number_goes_on(tmp_path, short):
+    def wait_for_step(process, step):
+        for line in process.stdout:
+            if line.startswith(f"step {step:6d}/"):
+                return
+        raise AssertionError(process.communicate()[1])
+
     script = tmp_path / "script" / "train_slow.py"
     script.write_text(SHORT.replace("rows = bank.rows(64)", "import time; time.sleep(0.1); rows = bank.rows(64)"))
-    started = processes(script, 2, "--device", "cpu", "--out", tmp_path, "--resume")
-    for line in started[0].stdout:
-        if line.startswith("step     10/"):
-            break
+    started = processes(script, 2, "--device", "cpu", "--out", tmp_path)
+    wait_for_step(started[0], 10)
     for process in started:  # Ctrl-C
         process.send_signal(signal.SIGINT)
     codes, outputs, errors = ends(started)
     assert codes == [0, 0] and errors == ("", "") and "final" not in outputs[0], (codes, outputs, errors)
     assert "stopped and saved" in outputs[0]
-    assert 10 <= checkpoint(tmp_path, "short_seed0")["step"] < 20
+    step = checkpoint(tmp_path, "short_seed0")["step"]
+    assert 10 <= step < 20
+    before = checkpoint(tmp_path, "short_seed0")["bank"]["y"]
+    started = processes(script, 2, "--device", "cpu", "--out", tmp_path, "--resume")
+    wait_for_step(started[0], 20)
+    started[1].kill()
+    codes, _, errors = ends(started)
+    assert codes == [2, -signal.SIGKILL]
+    refuses(errors[0], "another process", "--resume")
+    assert same(checkpoint(tmp_path, "short_seed0")["bank"]["y"], before)
     assert "final steps 30" in short("--resume")  # by one process
