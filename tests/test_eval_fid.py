@@ -115,19 +115,19 @@ def test_fid_is_exact_where_covariances_are_singular():
 
 def test_fid_of_saved_statistics(fid):
     np.savez("a.npz", mu=np.zeros(3), sigma=np.diag([4.0, 1.0, 0.0]))  # as pytorch-fid writes them
-    np.savez("b.npz", mu=np.ones(3), sigma=np.diag([1.0, 1.0, 9.0]), n=3000, resize="box", layer="pool3")
+    np.savez("b.npz", mu=np.ones(3), sigma=np.diag([1.0, 1.0, 9.0]), n=3000, layer="pool3")
     output = fid("a.npz", "b.npz")
     numbers = final(output)
     assert numbers["fid"] == pytest.approx(3 + 1 + 0 + 9) and math.isnan(numbers["n_a"]) and numbers["n_b"] == 3000
-    assert "resize box  features pool3" in output and "n is unknown" in output
+    assert "features pool3" in output and "n is unknown" in output
     np.savez("e.npz", mu=np.ones(3), sigma=np.zeros((3, 3)), n=2)  # of two equal images
     assert final(fid("e.npz", "b.npz"))["fid"] == pytest.approx(1 + 1 + 9)
     output = fid("b.npz", "b.npz")
     assert final(output)["fid"] < 1e-6 and "warning: " not in output
     np.savez("few.npz", mu=np.ones(3), sigma=np.diag([1.0, 1.0, 9.0]), n=100)
     assert "n is below 2048" in (output := fid("few.npz", "b.npz")) and "0.11 in |m_a - m_b|^2" in output
-    np.savez("c.npz", mu=np.ones(3), sigma=np.eye(3), n=3000, resize="lanczos", layer="pool3")
-    refuses(fid("b.npz", "c.npz", code=2), "resize", "box", "lanczos")
+    np.savez("c.npz", mu=np.ones(3), sigma=np.eye(3), n=3000, layer="pool2")
+    refuses(fid("b.npz", "c.npz", code=2), "layer", "pool3", "pool2")
     np.savez("d.npz", mu=np.ones(2), sigma=np.eye(2))
     refuses(fid("b.npz", "d.npz", code=2), "dim", "3", "2")
 
@@ -147,7 +147,7 @@ def test_fid_of_images_is_that_of_pytorch_fid(fid, weights, tmp_path):
 
     output = fid("A", "pairs.pt", "--weights", weights, "--skip-broken", "--save", "A.npz")
     assert all(f"skipped in A: {name}" in output for name in ("text.png", "deep.png", "half.png"))
-    assert all(words in output for words in ("not the published file", "bilinear", "pool3", "2048-d"))
+    assert all(words in output for words in ("not the published file", "pool3", "2048-d"))
     assert output.count("n is below 2048") == 2 and "ignored 1 files or folders: 1 .txt" in output
     numbers = final(output)
     assert (numbers["n_a"], numbers["n_b"]) == (5, 4)
@@ -218,13 +218,13 @@ with warnings.catch_warnings():  # quantised tensors are deprecated, but their f
     warnings.simplefilter("ignore")
     QUANTISED = torch._empty_affine_quantized((2, 3, 8, 8), scale=0.01, zero_point=0, dtype=torch.qint8)
 BAD_SETS = {
-    "missing": (None, "No such file"),
+    "missing": (None, "no folder"),
     "empty": ({}, "holds no images"),
     "single": ({"a.png": picture(0, 8, 8)}, "1 usable images"),
     "broken": ({"a.png": picture(0, 8, 8), "b.png": b"?", "c.jpg": b""}, "b.png", "c.jpg", "--skip-broken"),
-    "notes.txt": (b"?", "neither"),
-    "text.pt": (b"?", "not a readable .pt"),
-    "foreign.pt": (b"cos\nsystem\n(S'touch executed'\ntR.", "not a readable .pt"),
+    "notes.txt": (b"?", "no folder"),
+    "text.pt": (b"?", "nothing readable"),
+    "foreign.pt": (b"cos\nsystem\n(S'touch executed'\ntR.", "nothing readable"),
     "model.pt": ({"f": torch.zeros(3)}, "no y", "(N, 3, H, W)"),
     "list.pt": ([1, 2], "no y"),
     "flat.pt": (torch.zeros(5, 3), "(5, 3)"),
@@ -254,13 +254,13 @@ BAD_SETS = {
     "negative.npz": ({"mu": np.zeros(2), "sigma": np.diag([1, -0.5])}, "covariance sigma"),
     "huge.npz": ({"mu": np.full(2, 1e200), "sigma": np.eye(2)}, "covariance sigma"),
     "huger.npz": ({"mu": np.zeros(2), "sigma": 1e200 * np.eye(2)}, "covariance sigma"),
-    "expanded.pt": (picture(0, 8, 8).expand(10 ** 9, -1, -1, -1), "1000000000 images"),
-    "hole.pt": ("hole", "10.0 GiB", "over 8"),
-    "bomb.pt": (deflated("data", 2 ** 33 + 1), "8.0 GiB, over 8"),
-    "bomb.npz": (deflated("sigma.npy", 2 ** 30 + 1), "1.0 GiB, over 1"),
-    "fifo.pt": ("fifo", "neither"),
-    "fifo.npz": ("fifo", "neither"),
-    "fifo": ("fifo", "neither"),
+    "expanded.pt": (picture(0, 8, 8).expand(10 ** 9, -1, -1, -1), "(1000000000, 3, 8, 8)", "up to 8 GiB"),
+    "hole.pt": ("hole", "nothing readable"),
+    "bomb.pt": (deflated("data", 2 ** 33 + 1), "nothing readable"),
+    "bomb.npz": (deflated("sigma.npy", 2 ** 30 + 1), "covariance sigma"),
+    "fifo.pt": ("fifo", "no folder"),
+    "fifo.npz": ("fifo", "no folder"),
+    "fifo": ("fifo", "no folder"),
     "pipes": ({"a.png": "fifo", "b.png": picture(0, 8, 8)}, "1 usable images"),
     "bomb": ({"a.png": png_bomb(40_000, 40_000), "b.png": png_bomb(8000, 8000)}, "40000x40000", "8000x8000", "pixels"),
 }
@@ -303,7 +303,7 @@ def test_bad_sets_are_said_before_any_download(fid, name, tmp_path):
     (["good.pt", "--save", "aside.npz"], "Is a directory"), (["good.pt", "--save", f"{'a' * 250}.npz"], "too long"),
     (["good.pt", "--save", "good.npz"], "not exist yet"), (["good.pt", "good.pt", "--save", ""], "end in .npz"),
     (["good.npz", "good.npz", "--weights", "resnet.pth"], "--weights is for images"),
-    (["good.pt", "good.npz", "--skip-broken"], "--skip-broken"), (["", "good.pt"], "No such file"),
+    (["good.pt", "good.npz", "--skip-broken"], "--skip-broken"), (["", "good.pt"], "no folder"),
     (["good.pt", "good.pt", "--weights", ""], "--weights"),
     (["good.pt", "good.pt", "--device", "gpu7"], "--device gpu7"),
     (["good.pt", "good.pt", "--weights", "missing.pth"], "--weights missing.pth"),
@@ -339,13 +339,6 @@ def test_weights_are_downloaded_once_and_checked(fid, monkeypatch, tmp_path):
     assert np.array_equal(np.load("a.npz")["sigma"], np.load("b.npz")["sigma"])  # deterministic
     monkeypatch.setattr(eval_fid, "SHA256", "0" * 8)  # now it is a network of the right shapes, but not the published
     refuses(fid("good.pt", "--save", "c.npz", code=2), "delete it to download")
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_fid_that_is_not_finite_is_an_error(fid, monkeypatch, value):
-    np.savez("good.npz", mu=np.zeros(2), sigma=np.eye(2))
-    monkeypatch.setattr(eval_fid, "frechet", lambda a, b: value)
-    refuses(fid("good.npz", "good.npz", code=2), "FID is not finite")
 
 
 def test_nan_in_statistics_is_no_distance_of_zero():
