@@ -19,8 +19,9 @@ ROWS_PER_COMPONENT, ROWS_PER_COLUMN = 50, 0.5  # at least so many for a componen
 SIZES = (5, 20, 40, 60, 100, 200, 400)  # components
 PRIOR = 0.3              # rows for each column that hold an S_k to the Gaussian plan within the parts
 COOLING = 10 ** 0.5      # at most, from stage to stage: eps falls from the mean cost down
-CLIMBS, STIRS = 30, 50   # steps of L-BFGS and of Adam; at the eps asked for twice as many of Adam
-FEW, MANY = 20_000, 200_000  # most rows seen on the way, and at the eps asked for
+STEPS = 100, 50, 300     # of Adam: to choose the number of components, of a stage, at the eps asked for
+BATCH, RATE = 2048, 0.03  # rows of a step; moves of a parameter in it, in its own scale, falling to 0
+FEW, MANY = 20_000, 200_000  # rows that balance masses on the way; most rows seen
 
 
 # ------------------------------------------------------------------------------------------------ one Gaussian
@@ -59,7 +60,7 @@ class MeanLogSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, const, square, linear, factor):
         total, grads = 0.0, [torch.zeros_like(t) for t in (const, square, linear, factor.flatten(1))]
-        for part in z.split(max(64, 2 ** 18 // max(factor[0].numel(), 1024))):
+        for part in z.split(max(64, 2 ** 18 // max(factor[0].numel(), 256))):
             squares, out = part.square(), torch.addmm(const, part, linear.T)
             out.addmm_(squares, square.T)
             if factor.shape[1]:
@@ -159,82 +160,49 @@ def cool(plan, eps, x, y, prior):
         plan.load_state_dict(moved.state_dict())
 
 
-def moves_of(plan, prior):
-    """-> moves of the parameters, zeros, relative to where they are; put(), which applies them; loss(x, y) of rows
-    in the basis: minus the objective over eps, up to a constant, and its gradient in the moves.  To it is added what is
-    least where S_k is that of the Gaussian plan within the parts, I in the basis: few rows would overfit S_k."""
-    r, d, U, log_a = (getattr(plan, name).clone() for name in ("r", "d", "U", "log_a"))
-    moves = [torch.zeros_like(t, memory_format=torch.contiguous_format).requires_grad_() for t in (r, d, U, log_a)]
+@torch.no_grad()
+def ascend(plan, x, y, near, prior, steps):
+    """A stage, at one eps: Adam on the dual objective of batches, whose noise leads out of poor optima; masses are
+    balanced after every quarter.  Ends with that best on near = (x, y), rows that choose it, of those after which the
+    training objective is not below the first.
+
+    Parameters move relative to where they are, each in its own scale.  To the loss is added what is least where S_k is
+    that of the Gaussian plan within the parts, I in the basis: few rows would overfit S_k."""
+    few, log_a, r, d, U = (x[:FEW], y[:FEW]), *(getattr(plan, name).clone() for name in ("log_a", "r", "d", "U"))
     root, width = d.sqrt(), math.sqrt(plan.eps) * d.sqrt()
+    moves = [torch.zeros_like(t, memory_format=torch.contiguous_format).requires_grad_() for t in (log_a, r, d, U)]
+    opt = torch.optim.Adam(moves, betas=(0.9, 0.99), fused=True)
+    first, best = balance(plan, *few), (plan.objective(*near).item(), plan.kept())
+    moves[0].copy_(plan.log_a - log_a)
 
     def put():
-        plan.r, plan.d = r + width * moves[0], (d * moves[1].exp()).clamp(1e-3, 1e4)  # atoms would end at 0
-        plan.U, plan.log_a = U + root[..., None] * moves[2], log_a + moves[3]
+        plan.log_a, plan.r = log_a + moves[0], r + width * moves[1]
+        plan.d, plan.U = (d * moves[2].exp()).clamp(1e-3, 1e4), U + root[..., None] * moves[3]  # atoms would end at 0
 
-    def loss(x, y):
-        with torch.enable_grad():
-            put()
-            value = MeanLogSum.apply(x, *plan.of_x()) - MeanLogSum.apply(y, *plan.of_y())
-            value = value + PRIOR * prior / 2 * (plan.d.sum() + plan.U.square().sum() - plan.log_det()[0].sum())
-            for move, grad in zip(moves, torch.autograd.grad(value, moves)):
-                move.grad = grad.contiguous()
-        return value
-
-    return moves, put, loss
-
-
-@torch.no_grad()
-def climb(plan, x, y, prior, steps):
-    """L-BFGS on the dual over all rows, whose line search makes it an ascent; yields balance's value at the end."""
-    moves, put, loss = moves_of(plan, prior)
-    opt = torch.optim.LBFGS(moves, max_iter=steps, max_eval=2 * steps, history_size=20, tolerance_grad=1e-8,
-                            tolerance_change=1e-10, line_search_fn="strong_wolfe")
-    x_basis, y_basis = x @ plan.R, y @ plan.inverse.T
-    opt.step(lambda: loss(x_basis, y_basis))
-    put()
-    yield balance(plan, x, y)
-
-
-@torch.no_grad()
-def stir(plan, x, y, prior, steps, batch=2048, rate=0.03):
-    """Adam on batches, whose noise leads out of poor optima; yields balance's value after every quarter."""
-    moves, put, loss = moves_of(plan, prior)
-    opt, start = torch.optim.Adam(moves, betas=(0.9, 0.99), fused=True), plan.log_a.clone()
-    for step in range(steps):
-        opt.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
-        x_batch, y_batch = (z[torch.randint(len(z), (batch,), device=z.device)] for z in (x, y))
-        loss(x_batch @ plan.R, y_batch @ plan.inverse.T)
-        opt.step()
-        if (step + 1) % max(1, steps // 4) == 0 or step + 1 == steps:
-            put()
-            value = balance(plan, x, y)
-            moves[3].copy_(plan.log_a - start)
-            yield value
-
-
-@torch.no_grad()
-def ascend(plan, x, y, near, prior, climbs, stirs):
-    """A stage, at one eps: a climb, a stir, further climbs, each undone where the training objective has not risen.
-    Ends with the best on near = (x, y), rows that choose the step, of those at which it is not below the first.
-    -> whether the stir has helped."""
-    first = value = balance(plan, x, y)
-    best, stirred = (plan.objective(*near).item(), plan.kept()), False
-    for k in range(1 + climbs // 10):
-        moving = stir(plan, x, y, prior, stirs) if k == min(1, climbs // 10) else climb(plan, x, y, prior, 10)
-        before, state = value, plan.kept()
-        try:
-            for value in moving:
-                on_near = plan.objective(*near).item()
+    try:
+        for step in range(steps):
+            opt.param_groups[0]["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
+            on_x, on_y = (z if len(z) <= BATCH else z[torch.randint(len(z), (BATCH,), device=z.device)] for z in (x, y))
+            with torch.enable_grad():
+                put()
+                loss = MeanLogSum.apply(on_x @ plan.R, *plan.of_x())
+                loss -= MeanLogSum.apply(on_y @ plan.inverse.T, *plan.of_y())
+                loss += PRIOR * prior / 2 * (plan.d.sum() + plan.U.square().sum() - plan.log_det()[0].sum())
+                for move, grad in zip(moves, torch.autograd.grad(loss, moves)):
+                    move.grad = grad.contiguous()
+            opt.step()
+            if (step + 1) % max(1, steps // 4) == 0:
+                put()
+                value, on_near = balance(plan, *few), plan.objective(*near).item()
                 if value >= first and on_near > best[0]:
                     best = on_near, plan.kept()
-        except torch.linalg.LinAlgError:  # a step too far for float32
-            value = math.nan
-        stirred |= k == min(1, climbs // 10) and value > before
-        if not value >= before:
-            plan.load_state_dict(state)
-            value = before
+                moves[0].copy_(plan.log_a - log_a)
+    except torch.linalg.LinAlgError:  # a step too far for float32
+        pass
+    put()  # without a graph
     plan.load_state_dict(best[1])
-    return stirred
+    if max(len(x), len(y)) > FEW:
+        balance(plan, x, y)
 
 
 # ------------------------------------------------------------------------------------------------ all stages
@@ -246,20 +214,20 @@ def gain_of(new, old, x, y):
 
 
 @torch.no_grad()
-def anneal(x, y, near, epses, say=lambda plan, what, left: None, sizes=SIZES, climbs=CLIMBS, stirs=STIRS):
+def anneal(x, y, near, epses, say=lambda plan, what, left: None, sizes=SIZES, steps=STEPS):
     """For each of epses, from the largest, yields a mixture, or None where rows are too few, and the Gaussian plan.
 
     near = (x, y), rows that choose only.  The number of components is chosen at the mean cost, where a fit is cheap: as
     many as near gains from, beyond two standard errors.  The mixture found is then carried down from stage to stage:
     started at a small eps, it would end in a poor optimum."""
-    dim, n, few = x.shape[1], min(len(x), len(y)), (x[:FEW], y[:FEW])
+    dim, n, (x, y), few = x.shape[1], min(len(x), len(y)), (x[:MANY], y[:MANY]), (x[:FEW], y[:FEW])
     prior, top = dim / n, max((x.var(0).sum() + y.var(0).sum()).item() / 2, max(epses))
     best, found = gaussian_plan(x, y, top), None
     for components in (k for k in sizes if k * max(ROWS_PER_COMPONENT, ROWS_PER_COLUMN * dim) <= n):
         rank = min(dim, min(n, FEW) // (components * ROWS_PER_RANK))
         new = Mixture(dim, components, rank, top).to(x.device)
         start(new, *few, prior)
-        ascend(new, *few, near, prior, min(climbs, 20), 0)
+        ascend(new, x, y, near, prior, steps[0])
         gain, error = gain_of(new, best, *near)
         say(new, f"{gain / error:.3g} standard errors above fewer", 0)
         found = new if found is None or gain > 2 * error else found  # where P alone has parts, this eps shows none
@@ -268,17 +236,11 @@ def anneal(x, y, near, epses, say=lambda plan, what, left: None, sizes=SIZES, cl
         best = new
     for eps in sorted(epses, reverse=True):
         if found is not None:
-            stirred, stages = True, max(0, math.ceil(math.log(found.eps / eps) / math.log(COOLING) - 1e-6))
+            stages = max(1, math.ceil(math.log(found.eps / eps) / math.log(COOLING) - 1e-6))
             for left in range(stages, 0, -1):
                 cool(found, found.eps * (eps / found.eps) ** (1 / left), *few, prior)
-                if left > 1:
-                    stirred = stirred and ascend(found, *few, near, prior, 0, stirs)
-                    if not stirred:
-                        ascend(found, *few, near, prior, 10, 0)
-                    say(found, "cooling", left - 1 + 2 * max(1, min(n, MANY) / FEW))  # the last sees all rows
-            ascend(found, *few, near, prior, 10, 2 * stirs)
-            ascend(found, x[:MANY], y[:MANY], near, prior, climbs - 10, 0)
-            say(found, "done", 0)
+                ascend(found, x, y, near, prior, steps[1] if left > 1 else steps[2])
+                say(found, "cooling", left - 2 + steps[2] / steps[1]) if left > 1 else say(found, "done", 0)
         yield copy.deepcopy(found), gaussian_plan(x, y, eps)
 
 

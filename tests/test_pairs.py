@@ -31,7 +31,8 @@ def test_known_plans_are_plans(pairs, components, eps):
     torch.manual_seed(0)
     known = pairs["Known"](2, eps, components)
     x, y = known.source(4), known.target(6)
-    w, m = known.weights(x), known.shift + torch.einsum("kde,ne->nkd", known.slope, x)
+    given = known.given(x)
+    w, m = given.mixture_distribution.probs, given.component_distribution.loc
     d = y[None, :, None] - m[:, None]  # (x, y, k, D)
     inverse = torch.linalg.inv(known.C)
     log_p = torch.logsumexp(w.log()[:, None] - torch.einsum("xykd,kde,xyke->xyk", d, inverse, d) / 2
@@ -45,7 +46,7 @@ def test_exact_answers_have_the_floor_and_wrong_ones_do_not(pairs):
     torch.manual_seed(0)
     known = pairs["Known"](3, 0.5, 5)
     x = known.source(20)
-    exact = known.sample(x.repeat_interleave(500, 0)).view(20, 500, 3)
+    exact = known.given(x).sample((500,)).transpose(0, 1)
     right, wrong = known.scores(x, exact), known.scores(x, exact + 1)
     assert right["cond_uvp"] == pytest.approx(right["cond_floor"], rel=0.3)
     assert wrong["cond_uvp"] == pytest.approx(100 * 3 / known.target(20_000).var(0).sum().item(), rel=0.15)
