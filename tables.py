@@ -89,7 +89,7 @@ def read_rows(path, x=None):
             if kind in (".csv", ".tsv", ".txt"):
                 rows, names, drop = read_table(file)
             elif kind in (".npy", ".npz"):
-                rows = np.load(file) if kind == ".npz" else np.lib.format.open_memmap(file, mode="r")
+                rows = np.load(file, mmap_mode="r")
             elif kind == ".pt":
                 rows = torch.load(file, "cpu", weights_only=True, mmap=True)
             else:
