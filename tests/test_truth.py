@@ -102,14 +102,17 @@ def test_w2_of_shifted_samples_and_its_ratio():
     assert truth.w2_ratio([shuffled + 2 * e], [x, x + e]) == pytest.approx((4 + 1) / 2)
 
 
-def test_bw2_by_hand():
+def test_the_distance_of_gaussians_by_hand():
+    def to(cloud, mean, S):
+        return truth.gaussian_w2(cloud.mean(0), torch.cov(cloud.T, correction=0), mean, S)
+
     corners = torch.tensor([[1.0, 1.0], [1, -1], [-1, 1], [-1, -1]]).double()  # mean 0, covariance I
     eye, no = torch.eye(2).double(), torch.zeros(2).double()
-    assert truth.bw2(corners, no, eye) == pytest.approx(0, abs=1e-10)
-    assert truth.bw2(corners + torch.tensor([0.3, 0.4]), no, eye) == pytest.approx(0.25)
+    assert to(corners, no, eye) == pytest.approx(0, abs=1e-10)
+    assert to(corners + torch.tensor([0.3, 0.4]), no, eye) == pytest.approx(0.25)
     long = torch.diag(torch.tensor([4.0, 1.0])).double()
-    assert truth.bw2(corners, no, long) == pytest.approx(1)  # (2 - 1)^2
+    assert to(corners, no, long) == pytest.approx(1)  # (2 - 1)^2
     turn = torch.tensor([[math.cos(0.5), -math.sin(0.5)], [math.sin(0.5), math.cos(0.5)]]).double()
     wide, S = corners * torch.tensor([2.0, 1.0]), turn @ long @ turn.T
     fidelity = math.sqrt((long @ S).trace() + 2 * 4)  # 2 x 2: sqrt(tr P + 2 sqrt(det P))
-    assert truth.bw2(wide, no, S) == pytest.approx(10 - 2 * fidelity)
+    assert to(wide, no, S) == pytest.approx(10 - 2 * fidelity)
