@@ -19,7 +19,7 @@ ROWS_PER_COMPONENT, ROWS_PER_COLUMN = 50, 0.5  # at least so many for a componen
 SIZES = (5, 20, 40, 60, 100, 200, 400)  # components
 PRIOR = 0.3              # rows for each column that hold an S_k to the Gaussian plan within the parts
 COOLING = 10 ** 0.5      # at most, from stage to stage: eps falls from the mean cost down
-STEPS = 100, 50, 300     # of Adam: to choose the number of components, of a stage, at the eps asked for
+STEPS = 100, 50, 200     # of Adam: to choose the number of components, of a stage, at the eps asked for
 BATCH, RATE = 2048, 0.03  # rows of a step; moves of a parameter in it, in its own scale, falling to 0
 FEW, MANY = 20_000, 200_000  # rows that balance masses on the way; most rows seen
 
