@@ -26,7 +26,7 @@ but not which of two good scores is better: of the weights whose score the noise
 kept, as the rate was lowest there.  A training that runs off goes back to those kept at half the rate: there always is
 a plan, if only the base's.  The last line scores the test sources' translations; `control base` those of the base
 alone, `control retrieval` training targets paired with the sources by discrete OT: a score that these reach too is no
-evidence; `control longer` a third of the sources, by walks LONGER times as long: as good, if f is right.
+evidence; `control longer` one translation of each by a walk LONGER times as long: as good, if f is right.
 """
 import hashlib
 import math
@@ -251,7 +251,7 @@ pool = y[common.stratified_rows(len(y), len(test_x), device)]
 rows, columns = linear_sum_assignment(torch.cdist(test_x.flatten(1), pool.flatten(1)).square().cpu().numpy())
 report("control base", test_x, translated(base, test_x, 1))
 report("control retrieval", test_x[rows], pool[columns][:, None])
-report("control longer", test_x[::3], translated(f, test_x[::3], 1, LONGER))
+report("control longer", test_x, translated(f, test_x, 1, LONGER))
 if args.translate:
     new = (new.mean(1, keepdim=True) if CHANNELS == 1 else new).to(device)
     images.write_folder(new_folder, new_names, translated(f, new, args.copies or 1))
