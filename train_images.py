@@ -18,7 +18,7 @@ and M translations of each, _real.pt: held-out targets, for eval_fid.py, and NEW
 
 The base leaves ghosts of the source behind; the net learns what targets look like, at every resolution.  As with the
 digits, targets get noise of deviation NOISE, and decay of the weights keeps f smooth.  Chains start from exact draws of
-the base's plan and live for LIFE visits of N_LANGEVIN steps: translations walk for their mean age.  Half of them live
+the base's plan and live for LIFE visits of N_LANGEVIN steps: translations walk for their mean age.  A quarter lives
 LONGER times as long, or f would be wrong where longer walks end; if all did, it would be where translations end.
 
 Weights are scored on images held out for this alone: see images.translation_scores.  So few images tell a run-off,
@@ -59,16 +59,16 @@ if args.copies and not args.translate:
 
 # ---------------------------------------------------------------------------------------------- constants
 EPS, SEED, SIDE = args.eps, args.seed, args.side
-STEPS = {32: 900, 64: 800, 128: 800}[SIDE]  # AdamW steps, at most
+STEPS = {32: 1000, 64: 800, 128: 800}[SIDE]  # AdamW steps, at most
 WIDTHS = {32: (12, 36, 72, 144), 64: (8, 24, 48, 96, 144), 128: (8, 16, 32, 64, 128, 160)}[SIDE]  # channels
 HIDDEN = 256             # units after the last
 BATCH = 64               # chains moved per step, and targets per step
 N_LANGEVIN = 5           # Langevin steps of a chain per training step
 GROUPS, LIFE, YOUNG = 3, 16, 4  # batches of chains, in turn; visits to a chain till it ends, and till f learns from it
-LONGER = 4               # lives that half of the chains live
+LONGER = 4               # lives that a quarter of the chains live
 LAST = 10                # Langevin steps of a translation, over which the image is averaged
 NOISE = min(0.16, 0.5 * math.sqrt(EPS))  # added to targets
-ETA, BOX = NOISE ** 2, 3.0  # Langevin step, a quarter of the longest; pixels are clipped to +-BOX
+ETA, BOX = NOISE ** 2 / 2, 3.0  # Langevin step (twice that runs off); pixels are clipped to +-BOX
 AT_WALL, WIDEST_GAP = 0.05, 3000.0  # share of clipped pixels, mean of 100 gaps that count as divergence
 RANK, PRIOR = 128, 0.02  # directions whose covariance the base knows; the share of its diagonal in it
 SCALE = EPS / NOISE ** 2  # of the net
@@ -201,7 +201,7 @@ for step in run:
     visit, group = divmod(step, GROUPS)
     x_now, y_now = (chains[group * BATCH:][:BATCH] for chains in (bank.x, bank.y))  # views
     block, lives, turn = BATCH // LIFE, *divmod(visit, LIFE)
-    born = block if (turn + lives) % LONGER == 0 else block // 2  # of a block, so many chains end and start afresh
+    born = block if (turn + lives) % LONGER == 0 else 3 * block // 4  # of a block, so many chains end and start afresh
     x_now[turn * block:][:born], y_now[turn * block:][:born] = newborn(GROUPS * BATCH + step * block, born)
     y_now[:] = images.walk(f, x_now, y_now, EPS, ETA, N_LANGEVIN, BOX)
     y_pos, by_age = y[common.stratified_rows(len(y), BATCH, device)], y_now.roll(-(turn + 1) * block, 0)  # young: last
