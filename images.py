@@ -208,7 +208,7 @@ class Pyramid(nn.Module):
         y, f = y.contiguous(memory_format=torch.channels_last), 0.0  # faster in it on a CPU
         for conv, head in zip(self.convs, self.heads):
             y = F.silu(conv(y))
-            f = f + head(y.flatten(1))
+            f = f + head(y.permute(0, 2, 3, 1).flatten(1))  # no copy
         return f + self.heads[-1](F.silu(self.hidden(y.flatten(1))))
 
 
