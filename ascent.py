@@ -239,8 +239,9 @@ def anneal(x, y, near, epses, say=lambda plan, what, left: None, sizes=SIZES, st
             stages = max(1, math.ceil(math.log(found.eps / eps) / math.log(COOLING) - 1e-6))
             for left in range(stages, 0, -1):
                 cool(found, found.eps * (eps / found.eps) ** (1 / left), *few, prior)
-                ascend(found, x, y, near, prior, steps[1] if left > 1 else steps[2])
-                say(found, "cooling", left - 2 + steps[2] / steps[1]) if left > 1 else say(found, "done", 0)
+                last = left == 1
+                ascend(found, x, y, near, prior, steps[2] if last else steps[1])
+                say(found, "done" if last else "cooling", 0 if last else left - 2 + steps[2] / steps[1])
         yield copy.deepcopy(found), gaussian_plan(x, y, eps)
 
 
