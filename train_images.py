@@ -17,16 +17,16 @@ Writes beside itself (or under --out) images_A_to_B_32_eps0.1_seed0_HASH.pt, whi
 and M translations of each, _real.pt: held-out targets, for eval_fid.py, and NEW_translated/NAME.png.
 
 The base leaves ghosts of the source behind; the net learns what targets look like, at every resolution.  As with the
-digits, targets get noise of deviation NOISE, and decay of the weights keeps f smooth.  Chains start from exact draws of
-the base's plan and live for LIFE visits of N_LANGEVIN steps: translations walk for their mean age.  A quarter lives
-LONGER times as long, or f would be wrong where longer walks end; if all did, it would be where translations end.
+digits, targets get noise of deviation NOISE, and decay of the weights keeps f smooth.  A chain starts from an exact
+draw of the base's plan, lives for LIFE visits of N_LANGEVIN steps and ends.  A translation does what chains do: where
+these lived longer, or through many more steps of the training, f was wrong where translations ended.
 
 Weights are scored on images held out for this alone: see images.translation_scores.  So few images tell a run-off,
 but not which of two good scores is better: of the weights whose score the noise cannot tell from the best, the last are
 kept, as the rate was lowest there.  A training that runs off goes back to those kept at half the rate: there always is
 a plan, if only the base's.  The last line scores the test sources' translations; `control base` those of the base
 alone, `control retrieval` training targets paired with the sources by discrete OT: a score that these reach too is no
-evidence; `control longer` one translation of each by a walk LONGER times as long: as good, if f is right.
+evidence.  `longer` is one translation of each by a walk LONGER times as long: f is right as far as that is as good.
 """
 import hashlib
 import math
@@ -59,16 +59,15 @@ if args.copies and not args.translate:
 
 # ---------------------------------------------------------------------------------------------- constants
 EPS, SEED, SIDE = args.eps, args.seed, args.side
-STEPS = {32: 1000, 64: 800, 128: 800}[SIDE]  # AdamW steps, at most
+STEPS = {32: 900, 64: 800, 128: 800}[SIDE]  # AdamW steps, at most
 WIDTHS = {32: (12, 36, 72, 144), 64: (8, 24, 48, 96, 144), 128: (8, 16, 32, 64, 128, 160)}[SIDE]  # channels
 HIDDEN = 256             # units after the last
 BATCH = 64               # chains moved per step, and targets per step
 N_LANGEVIN = 5           # Langevin steps of a chain per training step
 GROUPS, LIFE, YOUNG = 3, 16, 4  # batches of chains, in turn; visits to a chain till it ends, and till f learns from it
-LONGER = 4               # lives that a quarter of the chains live
-LAST = 10                # Langevin steps of a translation, over which the image is averaged
+LAST, LONGER = 10, 4     # Langevin steps at the end of a translation that are averaged; longer walks' steps over its
 NOISE = min(0.16, 0.5 * math.sqrt(EPS))  # added to targets
-ETA, BOX = NOISE ** 2 / 2, 3.0  # Langevin step (twice that runs off); pixels are clipped to +-BOX
+ETA, BOX = NOISE ** 2 / 2, 3.0  # Langevin step; pixels are clipped to +-BOX
 AT_WALL, WIDEST_GAP = 0.05, 3000.0  # share of clipped pixels, mean of 100 gaps that count as divergence
 RANK, PRIOR = 128, 0.02  # directions whose covariance the base knows; the share of its diagonal in it
 SCALE = EPS / NOISE ** 2  # of the net
@@ -150,7 +149,7 @@ def newborn(first, n):
 
 
 def translated(f, x, n, longer=1):
-    """n translations of each x, the same ones at each call, by walks `longer` times the mean age of most chains."""
+    """n translations of each x, the same ones at each call; f learns from chains whose mean age is steps / longer."""
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
         steps = longer * (YOUNG + LIFE) // 2 * N_LANGEVIN
@@ -183,8 +182,9 @@ def noise_of_total():
 net, net_avg, best = (images.Pyramid(SIDE, CHANNELS, WIDTHS, HIDDEN).to(device) for _ in range(3))
 for other in (net_avg, best):
     other.requires_grad_(False).load_state_dict(net.state_dict())
+f = potential(net)
 opt = torch.optim.AdamW(net.parameters(), lr=LR, betas=BETAS, weight_decay=DECAY, fused=True)
-f, zero, shown = potential(net), torch.zeros((), device=device), test_x[::math.ceil(len(test_x) / SHOWN)]
+zero, shown = torch.zeros((), device=device), test_x[::math.ceil(len(test_x) / SHOWN)]
 scores = torch.full((STEPS // SCORE_EVERY + 2, len(CURVES)), math.inf)
 bank = common.Bank(*newborn(0, GROUPS * BATCH), gap=zero, rate=zero + 1, ended=zero, noise=zero, best_step=zero,
                    scores=scores, early=torch.stack([shown, shown])).to(device)
@@ -199,13 +199,13 @@ run.steps, rate = run.step if bank.ended else STEPS, bank.rate.item()
 for step in run:
     opt.param_groups[0]["lr"] = rate * common.warm_cosine(LR, step, WARMUP, STEPS)
     visit, group = divmod(step, GROUPS)
-    x_now, y_now = (chains[group * BATCH:][:BATCH] for chains in (bank.x, bank.y))  # views
-    block, lives, turn = BATCH // LIFE, *divmod(visit, LIFE)
-    born = block if (turn + lives) % LONGER == 0 else 3 * block // 4  # of a block, so many chains end and start afresh
-    x_now[turn * block:][:born], y_now[turn * block:][:born] = newborn(GROUPS * BATCH + step * block, born)
+    rows = slice(group * BATCH, (group + 1) * BATCH)
+    x_now, y_now = bank.x[rows], bank.y[rows]  # views
+    first, born = visit % LIFE * (BATCH // LIFE), BATCH // LIFE  # at every visit so many chains end and start afresh
+    x_now[first:first + born], y_now[first:first + born] = newborn(GROUPS * BATCH + step * born, born)
     y_now[:] = images.walk(f, x_now, y_now, EPS, ETA, N_LANGEVIN, BOX)
-    y_pos, by_age = y[common.stratified_rows(len(y), BATCH, device)], y_now.roll(-(turn + 1) * block, 0)  # young: last
-    gap = common.train_step(f, opt, y_pos + NOISE * torch.randn_like(y_pos), by_age[:BATCH - YOUNG * block])
+    y_pos, by_age = y[common.stratified_rows(len(y), BATCH, device)], y_now.roll(-first - born, 0)  # the oldest first
+    gap = common.train_step(f, opt, y_pos + NOISE * torch.randn_like(y_pos), by_age[:BATCH - YOUNG * born])
     bank.gap += 0.01 * (gap - bank.gap)
     common.update_ema(net_avg, net, EMA_DECAY, step)
     due, at_wall = run.due() or step == 2, (y_now.abs() == BOX).float().mean()
@@ -251,7 +251,7 @@ pool = y[common.stratified_rows(len(y), len(test_x), device)]
 rows, columns = linear_sum_assignment(torch.cdist(test_x.flatten(1), pool.flatten(1)).square().cpu().numpy())
 report("control base", test_x, translated(base, test_x, 1))
 report("control retrieval", test_x[rows], pool[columns][:, None])
-report("control longer", test_x, translated(f, test_x, 1, LONGER))
+report("longer", test_x, translated(f, test_x, 1, LONGER))
 if args.translate:
     new = (new.mean(1, keepdim=True) if CHANNELS == 1 else new).to(device)
     images.write_folder(new_folder, new_names, translated(f, new, args.copies or 1))
