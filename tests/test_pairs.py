@@ -52,6 +52,14 @@ def test_exact_answers_have_the_floor_and_wrong_ones_do_not(pairs):
     assert wrong["cond_uvp"] == pytest.approx(100 * 3 / known.target(20_000).var(0).sum().item(), rel=0.15)
 
 
+def test_answers_in_one_dimension_are_scored(pairs):
+    torch.manual_seed(0)
+    known = pairs["Known"](1, 0.5, 1)
+    x = known.source(20)
+    off = known.given(x).sample((500,)).transpose(0, 1) + 1
+    assert known.scores(x, off)["cond_uvp"] == pytest.approx(100 / known.target(20_000).var(0).sum().item(), rel=0.15)
+
+
 @pytest.mark.parametrize("law", [truth.swiss_roll, truth.knot])
 def test_another_discrete_plan_of_independent_parts_scores_about_one(pairs, law):
     torch.manual_seed(3)
