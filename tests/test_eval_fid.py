@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 
 import eval_fid
-import truth
 from conftest import final, refuses
 
 # by pytorch-fid, of the weights and images below
@@ -79,10 +78,6 @@ def gaussian(mu, sigma, **more):
     return {"mu": torch.tensor(mu, dtype=torch.float64), "sigma": torch.as_tensor(sigma, dtype=torch.float64), **more}
 
 
-def frechet(a, b):
-    return truth.gaussian_w2(a["mu"], a["sigma"], b["mu"], b["sigma"])
-
-
 def random_covariance(dim, rank):
     x = torch.randn(dim, rank, dtype=torch.float64) * torch.logspace(1, -4, dim, dtype=torch.float64)[:, None]
     return x @ x.T / rank
@@ -92,26 +87,26 @@ def test_fid_has_its_closed_forms():
     a, b = gaussian([1.0, 2.0], [[2.0, 0.5], [0.5, 1.0]]), gaussian([0.0, 4.0], [[1.0, -0.7], [-0.7, 3.0]])
     product = a["sigma"] @ b["sigma"]  # 2 x 2: tr sqrt(P) = sqrt(tr P + 2 sqrt(det P))
     exact = 5 + 3 + 4 - 2 * math.sqrt(product.trace() + 2 * math.sqrt(torch.linalg.det(product)))
-    assert frechet(a, b) == pytest.approx(exact, rel=1e-12) == frechet(b, a)
+    assert eval_fid.frechet(a, b) == pytest.approx(exact, rel=1e-12) == eval_fid.frechet(b, a)
     turn = torch.linalg.qr(torch.randn(40, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
     # commuting covariances, the first one singular
     p, q = torch.linspace(0, 3, 40, dtype=torch.float64), torch.linspace(2, 1, 40, dtype=torch.float64)
     a, b = gaussian([0.0] * 40, turn * p @ turn.T), gaussian([0.1] * 40, turn * q @ turn.T)
-    assert frechet(a, b) == pytest.approx(0.4 + (p.sqrt() - q.sqrt()).square().sum().item(), rel=1e-9)
+    assert eval_fid.frechet(a, b) == pytest.approx(0.4 + (p.sqrt() - q.sqrt()).square().sum().item(), rel=1e-9)
 
 
 def test_fid_is_exact_where_covariances_are_singular():
     torch.manual_seed(0)
     u, v = torch.randn(2, 300, dtype=torch.float64)
     a, b = gaussian([0.0] * 300, torch.outer(u, u)), gaussian([0.0] * 300, torch.outer(v, v))
-    assert frechet(a, b) == pytest.approx((u @ u + v @ v - 2 * (u @ v).abs()).item(), rel=1e-10)
+    assert eval_fid.frechet(a, b) == pytest.approx((u @ u + v @ v - 2 * (u @ v).abs()).item(), rel=1e-10)
     some = [gaussian([0.0] * 300, random_covariance(300, rank)) for rank in (20, 60, 900)]
-    assert max(frechet(s, s) for s in some) < 1e-10
+    assert max(eval_fid.frechet(s, s) for s in some) < 1e-10
     for s, t in ((some[0], some[1]), (some[0], some[2])):
-        assert frechet(s, t) == pytest.approx(frechet(t, s), rel=1e-10)
+        assert eval_fid.frechet(s, t) == pytest.approx(eval_fid.frechet(t, s), rel=1e-10)
     point = gaussian([0.0] * 300, torch.zeros(300, 300))
-    assert frechet(point, some[2]) == pytest.approx(some[2]["sigma"].trace().item(), rel=1e-12)
-    assert frechet(point, point) == 0
+    assert eval_fid.frechet(point, some[2]) == pytest.approx(some[2]["sigma"].trace().item(), rel=1e-12)
+    assert eval_fid.frechet(point, point) == 0
     x = torch.randn(5000, 8) * torch.arange(8) + 100
     s = eval_fid.statistics(x)
     assert np.allclose(s["mu"], x.double().mean(0))
@@ -120,19 +115,19 @@ def test_fid_is_exact_where_covariances_are_singular():
 
 def test_fid_of_saved_statistics(fid):
     np.savez("a.npz", mu=np.zeros(3), sigma=np.diag([4.0, 1.0, 0.0]))  # as pytorch-fid writes them
-    np.savez("b.npz", mu=np.ones(3), sigma=np.diag([1.0, 1.0, 9.0]), n=3000, layer="pool3")
+    np.savez("b.npz", mu=np.ones(3), sigma=np.diag([1.0, 1.0, 9.0]), n=3000, resize="box", layer="pool3")
     output = fid("a.npz", "b.npz")
     numbers = final(output)
     assert numbers["fid"] == pytest.approx(3 + 1 + 0 + 9) and math.isnan(numbers["n_a"]) and numbers["n_b"] == 3000
-    assert "features pool3" in output and "n is unknown" in output
+    assert "resize box  features pool3" in output and "n is unknown" in output
     np.savez("e.npz", mu=np.ones(3), sigma=np.zeros((3, 3)), n=2)  # of two equal images
     assert final(fid("e.npz", "b.npz"))["fid"] == pytest.approx(1 + 1 + 9)
     output = fid("b.npz", "b.npz")
     assert final(output)["fid"] < 1e-6 and "warning: " not in output
     np.savez("few.npz", mu=np.ones(3), sigma=np.diag([1.0, 1.0, 9.0]), n=100)
     assert "n is below 2048" in (output := fid("few.npz", "b.npz")) and "0.11 in |m_a - m_b|^2" in output
-    np.savez("c.npz", mu=np.ones(3), sigma=np.eye(3), n=3000, layer="pool2")
-    refuses(fid("b.npz", "c.npz", code=2), "layer", "pool3", "pool2")
+    np.savez("c.npz", mu=np.ones(3), sigma=np.eye(3), n=3000, resize="lanczos", layer="pool3")
+    refuses(fid("b.npz", "c.npz", code=2), "resize", "box", "lanczos")
     np.savez("d.npz", mu=np.ones(2), sigma=np.eye(2))
     refuses(fid("b.npz", "d.npz", code=2), "dim", "3", "2")
 
@@ -152,7 +147,7 @@ def test_fid_of_images_is_that_of_pytorch_fid(fid, weights, tmp_path):
 
     output = fid("A", "pairs.pt", "--weights", weights, "--skip-broken", "--save", "A.npz")
     assert all(f"skipped in A: {name}" in output for name in ("text.png", "deep.png", "half.png"))
-    assert all(words in output for words in ("not the published file", "pool3", "2048-d"))
+    assert all(words in output for words in ("not the published file", "bilinear", "pool3", "2048-d"))
     assert output.count("n is below 2048") == 2 and "ignored 1 files or folders: 1 .txt" in output
     numbers = final(output)
     assert (numbers["n_a"], numbers["n_b"]) == (5, 4)
@@ -223,13 +218,13 @@ with warnings.catch_warnings():  # quantised tensors are deprecated, but their f
     warnings.simplefilter("ignore")
     QUANTISED = torch._empty_affine_quantized((2, 3, 8, 8), scale=0.01, zero_point=0, dtype=torch.qint8)
 BAD_SETS = {
-    "missing": (None, "no folder"),
+    "missing": (None, "No such file"),
     "empty": ({}, "holds no images"),
     "single": ({"a.png": picture(0, 8, 8)}, "1 usable images"),
     "broken": ({"a.png": picture(0, 8, 8), "b.png": b"?", "c.jpg": b""}, "b.png", "c.jpg", "--skip-broken"),
-    "notes.txt": (b"?", "no folder"),
-    "text.pt": (b"?", "nothing readable"),
-    "foreign.pt": (b"cos\nsystem\n(S'touch executed'\ntR.", "nothing readable"),
+    "notes.txt": (b"?", "neither"),
+    "text.pt": (b"?", "not a readable .pt"),
+    "foreign.pt": (b"cos\nsystem\n(S'touch executed'\ntR.", "not a readable .pt"),
     "model.pt": ({"f": torch.zeros(3)}, "no y", "(N, 3, H, W)"),
     "list.pt": ([1, 2], "no y"),
     "flat.pt": (torch.zeros(5, 3), "(5, 3)"),
@@ -259,13 +254,13 @@ BAD_SETS = {
     "negative.npz": ({"mu": np.zeros(2), "sigma": np.diag([1, -0.5])}, "covariance sigma"),
     "huge.npz": ({"mu": np.full(2, 1e200), "sigma": np.eye(2)}, "covariance sigma"),
     "huger.npz": ({"mu": np.zeros(2), "sigma": 1e200 * np.eye(2)}, "covariance sigma"),
-    "expanded.pt": (picture(0, 8, 8).expand(10 ** 9, -1, -1, -1), "(1000000000, 3, 8, 8)", "up to 8 GiB"),
-    "hole.pt": ("hole", "nothing readable"),
-    "bomb.pt": (deflated("data", 2 ** 33 + 1), "nothing readable"),
-    "bomb.npz": (deflated("sigma.npy", 2 ** 30 + 1), "covariance sigma"),
-    "fifo.pt": ("fifo", "no folder"),
-    "fifo.npz": ("fifo", "no folder"),
-    "fifo": ("fifo", "no folder"),
+    "expanded.pt": (picture(0, 8, 8).expand(10 ** 9, -1, -1, -1), "1000000000 images"),
+    "hole.pt": ("hole", "10.0 GiB", "over 8"),
+    "bomb.pt": (deflated("data", 2 ** 33 + 1), "8.0 GiB, over 8"),
+    "bomb.npz": (deflated("sigma.npy", 2 ** 30 + 1), "1.0 GiB, over 1"),
+    "fifo.pt": ("fifo", "neither"),
+    "fifo.npz": ("fifo", "neither"),
+    "fifo": ("fifo", "neither"),
     "pipes": ({"a.png": "fifo", "b.png": picture(0, 8, 8)}, "1 usable images"),
     "bomb": ({"a.png": png_bomb(40_000, 40_000), "b.png": png_bomb(8000, 8000)}, "40000x40000", "8000x8000", "pixels"),
 }
@@ -308,7 +303,7 @@ def test_bad_sets_are_said_before_any_download(fid, name, tmp_path):
     (["good.pt", "--save", "aside.npz"], "Is a directory"), (["good.pt", "--save", f"{'a' * 250}.npz"], "too long"),
     (["good.pt", "--save", "good.npz"], "not exist yet"), (["good.pt", "good.pt", "--save", ""], "end in .npz"),
     (["good.npz", "good.npz", "--weights", "resnet.pth"], "--weights is for images"),
-    (["good.pt", "good.npz", "--skip-broken"], "--skip-broken"), (["", "good.pt"], "no folder"),
+    (["good.pt", "good.npz", "--skip-broken"], "--skip-broken"), (["", "good.pt"], "No such file"),
     (["good.pt", "good.pt", "--weights", ""], "--weights"),
     (["good.pt", "good.pt", "--device", "gpu7"], "--device gpu7"),
     (["good.pt", "good.pt", "--weights", "missing.pth"], "--weights missing.pth"),
@@ -346,8 +341,15 @@ def test_weights_are_downloaded_once_and_checked(fid, monkeypatch, tmp_path):
     refuses(fid("good.pt", "--save", "c.npz", code=2), "delete it to download")
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_fid_that_is_not_finite_is_an_error(fid, monkeypatch, value):
+    np.savez("good.npz", mu=np.zeros(2), sigma=np.eye(2))
+    monkeypatch.setattr(eval_fid, "frechet", lambda a, b: value)
+    refuses(fid("good.npz", "good.npz", code=2), "FID is not finite")
+
+
 def test_nan_in_statistics_is_no_distance_of_zero():
-    assert math.isnan(frechet(gaussian([math.nan, 0.0], torch.eye(2)), gaussian([0.0, 0.0], torch.eye(2))))
+    assert math.isnan(eval_fid.frechet(gaussian([math.nan, 0.0], torch.eye(2)), gaussian([0.0, 0.0], torch.eye(2))))
 
 
 def test_a_console_that_takes_no_more_costs_only_its_lines(fid, monkeypatch):

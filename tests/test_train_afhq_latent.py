@@ -163,6 +163,8 @@ def test_what_a_run_writes():
     assert final(output)["cost"] == pytest.approx(values["AREA"] * (x - y).square().sum(1).mean().item() / 2, rel=1e-3)
     exact = ot.emd2([], [], values["matrix"].numpy())
     assert final(output)["assigned_cost"] == pytest.approx(exact, rel=1e-3) and "discrete_cost" in final(output)
+    with Image.open(folder / f"{NAME}.png") as picture:
+        assert picture.size == (6 * 258, 6 * 258)  # six sources, each with five translations, and lines
 
 
 def test_trains_on_files_and_names_every_translation(tmp_path, any_generator, monkeypatch):
@@ -194,7 +196,7 @@ def test_a_full_disk_leaves_whole_pictures(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setitem(Image.SAVE, "PNG", full)
-    output, _ = smoke(NAME, folder, "--resume", code=2, draw=True)
+    output, _ = smoke(NAME, folder, "--resume", code=2)
     assert f"warning: cannot write {folder}/{NAME}.png" in output
     refuses(output, "translated", "No space left", "--resume with --translate")
     assert before == {path: path.read_bytes() for path in folder.rglob("*.png")} and not list(folder.rglob("*.tmp"))
