@@ -200,16 +200,16 @@ class Pyramid(nn.Module):
         self.convs = nn.ModuleList([nn.Conv2d(channels, widths[0], 3, 1, 1)])
         self.convs.extend(nn.Conv2d(a, b, 4, 2, 1) for a, b in zip(widths, widths[1:]))
         sizes = [width * (side >> k) ** 2 for k, width in enumerate(widths)]
-        self.heads = nn.ModuleList(common.zeroed(nn.Linear(size, outputs)) for size in sizes)
+        self.readouts = nn.ModuleList(common.zeroed(nn.Linear(size, outputs)) for size in sizes)
         self.hidden = nn.Linear(sizes[-1], hidden)
-        self.heads.append(common.zeroed(nn.Linear(hidden, outputs)))
+        self.readouts.append(common.zeroed(nn.Linear(hidden, outputs)))
 
     def forward(self, y):
         y, f = y.contiguous(memory_format=torch.channels_last), 0.0  # faster in it on a CPU
-        for conv, head in zip(self.convs, self.heads):
+        for conv, head in zip(self.convs, self.readouts):
             y = F.silu(conv(y))
-            f = f + head(y.permute(0, 2, 3, 1).flatten(1))  # no copy
-        return f + self.heads[-1](F.silu(self.hidden(y.flatten(1))))
+            f = f + head(y.permute(0, 2, 3, 1).flatten(1))  # by pixel, then channel: no copy
+        return f + self.readouts[-1](F.silu(self.hidden(y.flatten(1))))
 
 
 def walk(f, x, y, eps, eta, steps, box, watch=lambda y, grad: None):

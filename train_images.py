@@ -208,7 +208,7 @@ for step in run:
     gap = common.train_step(f, opt, y_pos + NOISE * torch.randn_like(y_pos), by_age[:BATCH - YOUNG * born])
     bank.gap += 0.01 * (gap - bank.gap)
     common.update_ema(net_avg, net, EMA_DECAY, step)
-    due, at_wall = run.due() or step == 2, (y_now.abs() == BOX).float().mean()
+    due, at_wall = run.due() or step == 2, (y_now.abs() == BOX).float().mean()  # 2: the time left shows at once
     ran_off = due and not (bank.gap.abs() < WIDEST_GAP and at_wall < AT_WALL)  # nan too
     if ran_off:
         bank.rate /= 2

@@ -210,14 +210,14 @@ def test_pyramid_is_0_at_the_start_and_then_the_sum_of_its_heads():
     net, y = images.Pyramid(8, 3, (4, 6, 8), 5, outputs=2), torch.randn(7, 3, 8, 8)
     assert net(y).shape == (7, 2) and not net(y).any()
     with torch.no_grad():
-        weights = [torch.randn_like(head.weight) for head in net.heads]
+        weights = [torch.randn_like(head.weight) for head in net.readouts]
         assert [weight.shape for weight in weights] == [(2, 4 * 64), (2, 6 * 16), (2, 8 * 4), (2, 5)]
         total = 0
-        for head, weight in zip(net.heads, weights):  # one by one, then all together
+        for head, weight in zip(net.readouts, weights):  # one by one, then all together
             head.weight.copy_(weight)
             total = total + net(y)
             head.weight.zero_()
-        for head, weight in zip(net.heads, weights):
+        for head, weight in zip(net.readouts, weights):
             head.weight.copy_(weight)
         assert torch.allclose(net(y), total, atol=1e-4)
     y.requires_grad_(True)

@@ -98,7 +98,7 @@ def test_net_sees_brightness_alike_in_every_colour(cmnist):
     assert torch.allclose(f.seen(pure)[1], torch.tensor([1.0, 2.0]), atol=1e-4)
     y = y + 0.1 * torch.randn_like(y)
     f = copy.deepcopy(f)
-    for head in f.net.heads:
+    for head in f.net.readouts:
         torch.nn.init.normal_(head.weight)
     learned = f(y) - f.base(y)
     for order in ([1, 2, 0], [0, 2, 1]):
