@@ -19,7 +19,7 @@ ROWS_PER_COMPONENT, ROWS_PER_COLUMN = 50, 0.5  # at least so many for a componen
 SIZES = (5, 20, 40, 60, 100, 200, 400)  # components
 PRIOR = 0.3              # rows for each column that hold an S_k to the Gaussian plan within the parts
 COOLING = 10 ** 0.5      # at most, from stage to stage: eps falls from the mean cost down
-STEPS = 100, 50, 200     # of Adam: to choose the number of components, of a stage, at the eps asked for
+STEPS = 60, 50, 200      # of Adam: to choose the number of components, of a stage, at the eps asked for
 BATCH, RATE = 2048, 0.03  # rows of a step; moves of a parameter in it, in its own scale, falling to 0
 FEW, MANY = 20_000, 200_000  # rows that balance masses on the way; most rows seen
 
@@ -168,35 +168,38 @@ def ascend(plan, x, y, near, prior, steps):
 
     Parameters move relative to where they are, each in its own scale.  To the loss is added what is least where S_k is
     that of the Gaussian plan within the parts, I in the basis: few rows would overfit S_k."""
-    few, log_a, r, d, U = (x[:FEW], y[:FEW]), *(getattr(plan, name).clone() for name in ("log_a", "r", "d", "U"))
-    root, width = d.sqrt(), math.sqrt(plan.eps) * d.sqrt()
-    moves = [torch.zeros_like(t, memory_format=torch.contiguous_format).requires_grad_() for t in (log_a, r, d, U)]
-    opt = torch.optim.Adam(moves, betas=(0.9, 0.99), fused=True)
+    few, state = (x[:FEW], y[:FEW]), [getattr(plan, name).clone() for name in ("log_a", "r", "d", "U")]
+    (log_a, r, d, U), sizes = state, [t.numel() for t in state]
+    root, width, K = d.sqrt(), math.sqrt(plan.eps) * d.sqrt(), len(log_a)
+    moves = torch.zeros(sum(sizes), device=x.device, requires_grad=True)
+    mean, square = torch.zeros_like(moves), torch.zeros_like(moves)  # of the gradient, for Adam
     first, best = balance(plan, *few), (plan.objective(*near).item(), plan.kept())
-    moves[0].copy_(plan.log_a - log_a)
+    moves[:K] = plan.log_a - log_a
 
     def put():
-        plan.log_a, plan.r = log_a + moves[0], r + width * moves[1]
-        plan.d, plan.U = (d * moves[2].exp()).clamp(1e-3, 1e4), U + root[..., None] * moves[3]  # atoms would end at 0
+        of_log_a, of_r, of_d, of_U = (part.view_as(t) for part, t in zip(moves.split(sizes), state))
+        plan.log_a, plan.r = log_a + of_log_a, r + width * of_r
+        plan.d, plan.U = (d * of_d.exp()).clamp(1e-3, 1e4), U + root[..., None] * of_U  # atoms would end at 0
 
     try:
         for step in range(steps):
-            opt.param_groups[0]["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
             on_x, on_y = (z if len(z) <= BATCH else z[torch.randint(len(z), (BATCH,), device=z.device)] for z in (x, y))
             with torch.enable_grad():
                 put()
                 loss = MeanLogSum.apply(on_x @ plan.R, *plan.of_x())
                 loss -= MeanLogSum.apply(on_y @ plan.inverse.T, *plan.of_y())
                 loss += PRIOR * prior / 2 * (plan.d.sum() + plan.U.square().sum() - plan.log_det()[0].sum())
-                for move, grad in zip(moves, torch.autograd.grad(loss, moves)):
-                    move.grad = grad.contiguous()
-            opt.step()
+                grad, = torch.autograd.grad(loss, moves)
+            mean.lerp_(grad, 0.1)  # by hand: torch.optim takes two seconds to start
+            square.lerp_(grad.square(), 0.01)
+            rate = RATE * 0.5 * (1 + math.cos(math.pi * step / steps)) / (1 - 0.9 ** (step + 1))
+            moves -= rate * mean / ((square / (1 - 0.99 ** (step + 1))).sqrt() + 1e-8)
             if (step + 1) % max(1, steps // 4) == 0:
                 put()
                 value, on_near = balance(plan, *few), plan.objective(*near).item()
                 if value >= first and on_near > best[0]:
                     best = on_near, plan.kept()
-                moves[0].copy_(plan.log_a - log_a)
+                moves[:K] = plan.log_a - log_a
     except torch.linalg.LinAlgError:  # a step too far for float32
         pass
     put()  # without a graph
