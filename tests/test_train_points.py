@@ -73,6 +73,17 @@ def test_the_objective_s_estimate_against_quadrature():
     assert nothing.abs().max() < 1e-6 and effective.item() == pytest.approx(8)
 
 
+def test_the_net_s_lead_over_the_mixture():
+    torch.manual_seed(0)
+    values = whole(SMOKE)[2]
+    base, mixture, lead, rows = (values[name] for name in ("base", "mixture", "net_lead", "GAIN_X"))
+    none, error, _ = lead(lambda y: 0 * y[:, 0])  # one Gaussian lacks just what the mixture gains over it
+    gain, of_gain = values["gain_of"](mixture, base, values["x_near"][:rows], values["y_near"])
+    assert none.item() == pytest.approx(-gain, abs=1e-5) and error.item() == pytest.approx(of_gain, rel=1e-4)
+    same, error, _ = lead(lambda y: mixture(y) - base(y) + 3, 100)  # a constant says nothing
+    assert abs(same) < 3 * error and error < of_gain / 2
+
+
 def test_degenerate_weights_are_not_trusted():
     torch.manual_seed(0)
     trusted, draws = part("TRUSTED"), 16
