@@ -17,9 +17,10 @@ Writes beside itself (or under --out) images_A_to_B_32_eps0.1_seed0_HASH.pt, whi
 and M translations of each, _real.pt: held-out targets, for eval_fid.py, and NEW_translated/NAME.png.
 
 The base leaves ghosts of the source behind; the net learns what targets look like, at every resolution.  As with the
-digits, targets get noise of deviation NOISE, and decay of the weights keeps f smooth.  A chain starts from an exact
-draw of the base's plan, lives for LIFE visits of N_LANGEVIN steps and ends.  A translation does what chains do: where
-these lived longer, or through many more steps of the training, f was wrong where translations ended.
+digits, targets get noise of deviation NOISE, and decay of the weights keeps f smooth.  A step moves one in GROUPS of
+the chains, drawn anew: the same ones together would swing together, and f with them.  A chain starts from a draw of
+the base's plan.  Every LIFE rounds of GROUPS steps it ends, unless not drawn in the last: three in ten live on, and f
+stays right for longer walks too.  A translation takes the steps of a chain of mean age.
 
 Weights are scored on images held out for this alone: see images.translation_scores.  So few images tell a run-off,
 but not which of two good scores is better: of the weights whose score the noise cannot tell from the best, the last are
@@ -59,12 +60,12 @@ if args.copies and not args.translate:
 
 # ---------------------------------------------------------------------------------------------- constants
 EPS, SEED, SIDE = args.eps, args.seed, args.side
-STEPS = {32: 900, 64: 800, 128: 800}[SIDE]  # AdamW steps, at most
+STEPS = {32: 1000, 64: 900, 128: 800}[SIDE]  # AdamW steps, at most
 WIDTHS = {32: (12, 36, 72, 144), 64: (8, 24, 48, 96, 144), 128: (8, 16, 32, 64, 128, 160)}[SIDE]  # channels
 HIDDEN = 256             # units after the last
 BATCH = 64               # chains moved per step, and targets per step
 N_LANGEVIN = 5           # Langevin steps of a chain per training step
-GROUPS, LIFE, YOUNG = 3, 16, 4  # batches of chains, in turn; visits to a chain till it ends, and till f learns from it
+GROUPS, LIFE, YOUNG = 3, 16, 4  # chains over BATCH; rounds of so many steps till a chain may end, till f learns from it
 LAST, LONGER = 10, 4     # Langevin steps at the end of a translation that are averaged; longer walks' steps over its
 NOISE = min(0.16, 0.5 * math.sqrt(EPS))  # added to targets
 ETA, BOX = NOISE ** 2 / 2, 3.0  # Langevin step; pixels are clipped to +-BOX
@@ -198,14 +199,13 @@ if not args.resume:
 run.steps, rate = run.step if bank.ended else STEPS, bank.rate.item()
 for step in run:
     opt.param_groups[0]["lr"] = rate * common.warm_cosine(LR, step, WARMUP, STEPS)
-    visit, group = divmod(step, GROUPS)
-    rows = slice(group * BATCH, (group + 1) * BATCH)
-    x_now, y_now = bank.x[rows], bank.y[rows]  # views
-    first, born = visit % LIFE * (BATCH // LIFE), BATCH // LIFE  # at every visit so many chains end and start afresh
-    x_now[first:first + born], y_now[first:first + born] = newborn(GROUPS * BATCH + step * born, born)
-    y_now[:] = images.walk(f, x_now, y_now, EPS, ETA, N_LANGEVIN, BOX)
-    y_pos, by_age = y[common.stratified_rows(len(y), BATCH, device)], y_now.roll(-first - born, 0)  # the oldest first
-    gap = common.train_step(f, opt, y_pos + NOISE * torch.randn_like(y_pos), by_age[:BATCH - YOUNG * born])
+    rows, born = bank.rows(BATCH).roll(-(1 + step // GROUPS) * BATCH // LIFE), BATCH // LIFE  # the oldest first
+    x_now, y_now = bank.x[rows], bank.y[rows]
+    x_now[-born:], y_now[-born:] = newborn(GROUPS * BATCH + step * born, born)
+    y_now = images.walk(f, x_now, y_now, EPS, ETA, N_LANGEVIN, BOX)
+    bank.x[rows], bank.y[rows] = x_now, y_now
+    y_pos = y[common.stratified_rows(len(y), BATCH, device)]
+    gap = common.train_step(f, opt, y_pos + NOISE * torch.randn_like(y_pos), y_now[:BATCH - YOUNG * born])
     bank.gap += 0.01 * (gap - bank.gap)
     common.update_ema(net_avg, net, EMA_DECAY, step)
     due, at_wall = run.due() or step == 2, (y_now.abs() == BOX).float().mean()  # 2: the time left shows at once

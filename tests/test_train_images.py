@@ -52,31 +52,33 @@ def test_spread_order_puts_one_of_each_region_into_a_batch(whole):
         assert (cell.amax(0) - cell.amin(0)).max() < 0.6
 
 
-def test_chains_end_after_life_visits_and_the_young_teach_nothing():
-    def visit(run, v):
-        ages, seen = torch.zeros(len(v["bank"].x)), []
+def test_chains_end_unless_they_are_not_drawn_and_the_young_teach_nothing():
+    steps = 450
+
+    def births(run, v):
+        ages = []
+
         def learn(f, opt, y_pos, y_neg):
-            seen.append(y_neg[:, 0, 0, 0])
+            ages.append(len(ages) + 1 - y_neg[:, 0, 0, 0])
             return torch.zeros(())
 
-        def newborn(first, n):
-            return tuple(torch.full((n, *v["x"].shape[1:]), float(value)) for value in (first, 7))
+        def newborn(first, n):  # y is the step of its birth
+            born = (first - v["GROUPS"] * v["BATCH"]) // n
+            return tuple(torch.full((n, *v["x"].shape[1:]), float(born)) for _ in range(2))
 
         walk, train_step, v["newborn"] = v["images"].walk, v["common"].train_step, newborn
-        v["images"].walk, v["common"].train_step = (lambda f, x, y, *_: y + 1), learn
+        v["images"].walk, v["common"].train_step, v["bank"].y[:] = (lambda f, x, y, *_: y), learn, 0
         try:
-            for step in range(1, 40):
-                yield step
+            yield from range(1, steps)
         finally:
             v["images"].walk, v["common"].train_step = walk, train_step
-        return seen, v["GROUPS"], v["LIFE"], v["YOUNG"], v["BATCH"]
+        return torch.stack(ages[steps // 3:]), v["GROUPS"], v["LIFE"], v["YOUNG"], v["BATCH"]
 
     options = "--smoke", "--device", "cpu"
-    seen, groups, life, young, batch = in_loop(visit, "train_images.py", *options, SCORE_EVERY=10 ** 6)
-    for y in seen[groups * life:]:
-        visits = y - 7
-        assert len(y) == batch * (life - young) // life
-        assert visits.min() == young + 1 and visits.max() == life
+    ages, groups, life, young, batch = in_loop(births, "train_images.py", *options, SCORE_EVERY=10 ** 6)
+    assert ages.shape[1] == batch * (life - young) // life and ages.min() == (young - 1) * groups + 1
+    older = (ages > life * groups).float().mean().item()  # at each of `groups` steps it was not among one in `groups`
+    assert older == pytest.approx((1 - 1 / groups) ** groups, abs=0.06)
 
 
 # ------------------------------------------------------------------------------------------------ whole runs
