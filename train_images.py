@@ -20,14 +20,14 @@ The base leaves ghosts of the source behind; the net learns what targets look li
 digits, targets get noise of deviation NOISE, and decay of the weights keeps f smooth.  A step moves one in GROUPS of
 the chains, drawn anew: the same ones together would swing together, and f with them.  A chain starts from a draw of
 the base's plan.  Every LIFE rounds of GROUPS steps it ends, unless not drawn in the last: three in ten live on, and f
-stays right for longer walks too.  A translation takes the steps of a chain of mean age.
+stays right for longer walks too.  A translation takes WALK steps, the median of those that f learns from.
 
 Weights are scored on images held out for this alone: see images.translation_scores.  So few images tell a run-off,
 but not which of two good scores is better: of the weights whose score the noise cannot tell from the best, the last are
 kept, as the rate was lowest there.  A training that runs off goes back to those kept at half the rate: there always is
 a plan, if only the base's.  The last line scores the test sources' translations; `control base` those of the base
 alone, `control retrieval` training targets paired with the sources by discrete OT: a score that these reach too is no
-evidence.  `longer` is one translation of each by a walk LONGER times as long: f is right as far as that is as good.
+evidence.  `longer` is one translation of each by LONGER times as many steps: f is right as far as that is as good.
 """
 import hashlib
 import math
@@ -66,7 +66,7 @@ HIDDEN = 256             # units after the last
 BATCH = 64               # chains moved per step, and targets per step
 N_LANGEVIN = 5           # Langevin steps of a chain per training step
 GROUPS, LIFE, YOUNG = 3, 16, 4  # chains over BATCH; rounds of so many steps till a chain may end, till f learns from it
-LAST, LONGER = 10, 4     # Langevin steps at the end of a translation that are averaged; longer walks' steps over its
+WALK, LAST, LONGER = 64, 10, 4  # Langevin steps of a translation; at its end, averaged; times as many
 NOISE = min(0.16, 0.5 * math.sqrt(EPS))  # added to targets
 ETA, BOX = NOISE ** 2 / 2, 3.0  # Langevin step; pixels are clipped to +-BOX
 AT_WALL, WIDEST_GAP = 0.05, 3000.0  # share of clipped pixels, mean of 100 gaps that count as divergence
@@ -83,7 +83,7 @@ COLLAPSED = 0.7          # spread of the translations over that of real images; 
 TRANSLATIONS, SHOWN = 2, 8  # of each test image; rows of the figure
 EARLY = 0.1, 0.3         # parts of STEPS after which the figure's sources are translated too
 if args.smoke:
-    STEPS, BATCH, N_LANGEVIN, GROUPS, LIFE, YOUNG, RANK, WIDTHS, HIDDEN = 12, 8, 2, 2, 4, 1, 8, (4, 4, 8, 8), 8
+    STEPS, BATCH, N_LANGEVIN, GROUPS, LIFE, YOUNG, WALK, RANK, WIDTHS, HIDDEN = 12, 8, 2, 2, 4, 1, 4, 8, (4, 4, 8, 8), 8
     SCORES, SCORED, SHOWN = 3, 4, 3
 CURVES = "energy", "detail", "nearest", "sharp", "spread"  # in the log and drawn
 LOG_EVERY, SCORE_EVERY = max(1, STEPS // 60), max(1, STEPS // SCORES)
@@ -150,11 +150,10 @@ def newborn(first, n):
 
 
 def translated(f, x, n, longer=1):
-    """n translations of each x, the same ones at each call; f learns from chains whose mean age is steps / longer."""
+    """n translations of each x, the same ones at each call."""
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
-        steps = longer * (YOUNG + LIFE) // 2 * N_LANGEVIN
-        return images.translate(f, base.draw, x, n, EPS, NOISE, ETA, steps, BOX, last=LAST)
+        return images.translate(f, base.draw, x, n, EPS, NOISE, ETA, longer * WALK, BOX, last=LAST)
 
 
 def score(z, seen=y):
