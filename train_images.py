@@ -19,8 +19,8 @@ and M translations of each, _real.pt: held-out targets, for eval_fid.py, and NEW
 The base leaves ghosts of the source behind; the net learns what targets look like, at every resolution.  As with the
 digits, targets get noise of deviation NOISE, and decay of the weights keeps f smooth.  A step moves one in GROUPS of
 the chains, drawn anew: the same ones together would swing together, and f with them.  A chain starts from a draw of
-the base's plan.  Every LIFE rounds of GROUPS steps it ends, unless not drawn in the last: three in ten live on, and f
-stays right for longer walks too.  A translation takes WALK steps, the median of those that f learns from.
+the base's plan and ends after LIFE rounds of GROUPS steps, but one in GROUPS is spared then, that f be right for longer
+walks too.  Where all lived longer, f was wrong where translations end; some that never ended made training run off.
 
 Weights are scored on images held out for this alone: see images.translation_scores.  So few images tell a run-off,
 but not which of two good scores is better: of the weights whose score the noise cannot tell from the best, the last are
@@ -65,8 +65,8 @@ WIDTHS = {32: (12, 36, 72, 144), 64: (8, 24, 48, 96, 144), 128: (8, 16, 32, 64, 
 HIDDEN = 256             # units after the last
 BATCH = 64               # chains moved per step, and targets per step
 N_LANGEVIN = 5           # Langevin steps of a chain per training step
-GROUPS, LIFE, YOUNG = 3, 16, 4  # chains over BATCH; rounds of so many steps till a chain may end, till f learns from it
-WALK, LAST, LONGER = 64, 10, 4  # Langevin steps of a translation; at its end, averaged; times as many
+GROUPS, LIFE, YOUNG = 3, 16, 4  # chains over BATCH; rounds of so many steps till a chain ends, till f learns from it
+WALK, LAST, LONGER = 64, 10, 4  # Langevin steps of a translation, as of chains in the median; averaged; times as many
 NOISE = min(0.16, 0.5 * math.sqrt(EPS))  # added to targets
 ETA, BOX = NOISE ** 2 / 2, 3.0  # Langevin step; pixels are clipped to +-BOX
 AT_WALL, WIDEST_GAP = 0.05, 3000.0  # share of clipped pixels, mean of 100 gaps that count as divergence
@@ -78,8 +78,7 @@ EMA_DECAY = 0.995        # of the weights, per step
 SCORES, SCORED = 9, 100  # times that the weights are scored, on so many translations
 VALIDATION = 20          # every 20th target is held out for that
 DOUBT, DRAWS = 3.0, 20   # deviations of noise that scores differ by at least (the best of 9 has luck); draws of it
-TRIES = 4                # of a training that runs off, each at half the rate
-COLLAPSED = 0.7          # spread of the translations over that of real images; below, the log warns
+TRIES, COLLAPSED = 4, 0.7  # of a training that runs off, each at half the rate; spread over real images': a warning
 TRANSLATIONS, SHOWN = 2, 8  # of each test image; rows of the figure
 EARLY = 0.1, 0.3         # parts of STEPS after which the figure's sources are translated too
 if args.smoke:
@@ -185,9 +184,8 @@ for other in (net_avg, best):
 f = potential(net)
 opt = torch.optim.AdamW(net.parameters(), lr=LR, betas=BETAS, weight_decay=DECAY, fused=True)
 zero, shown = torch.zeros((), device=device), test_x[::math.ceil(len(test_x) / SHOWN)]
-scores = torch.full((STEPS // SCORE_EVERY + 2, len(CURVES)), math.inf)
 bank = common.Bank(*newborn(0, GROUPS * BATCH), gap=zero, rate=zero + 1, ended=zero, noise=zero, best_step=zero,
-                   scores=scores, early=torch.stack([shown, shown])).to(device)
+                   early=torch.stack([shown] * 2), scores=zero.new_full((SCORES + 2, len(CURVES)), math.inf))
 print(f"{len(x)} sources, {len(y)} targets and {len(valid)} to choose by, {len(test_x)} and {len(test_real)} to test, "
       f"{CHANNELS} x {SIDE} x {SIDE}")
 
@@ -198,9 +196,12 @@ if not args.resume:
 run.steps, rate = run.step if bank.ended else STEPS, bank.rate.item()
 for step in run:
     opt.param_groups[0]["lr"] = rate * common.warm_cosine(LR, step, WARMUP, STEPS)
-    rows, born = bank.rows(BATCH).roll(-(1 + step // GROUPS) * BATCH // LIFE), BATCH // LIFE  # the oldest first
+    (turn, group), born = divmod(step, GROUPS), BATCH // LIFE
+    rows = bank.rows(BATCH).roll(-(1 + turn) * born)  # the oldest first
+    rows[-born:] += group - rows[-born:] % GROUPS  # those whose turn it is, one after the other
     x_now, y_now = bank.x[rows], bank.y[rows]
-    x_now[-born:], y_now[-born:] = newborn(GROUPS * BATCH + step * born, born)
+    if group != turn // LIFE % GROUPS:
+        x_now[-born:], y_now[-born:] = newborn(GROUPS * BATCH + step * born, born)
     y_now = images.walk(f, x_now, y_now, EPS, ETA, N_LANGEVIN, BOX)
     bank.x[rows], bank.y[rows] = x_now, y_now
     y_pos = y[common.stratified_rows(len(y), BATCH, device)]

@@ -52,8 +52,8 @@ def test_spread_order_puts_one_of_each_region_into_a_batch(whole):
         assert (cell.amax(0) - cell.amin(0)).max() < 0.6
 
 
-def test_chains_end_unless_they_are_not_drawn_and_the_young_teach_nothing():
-    steps = 450
+def test_at_its_turn_one_chain_in_groups_lives_on_and_the_young_teach_nothing():
+    steps = 150
 
     def births(run, v):
         ages = []
@@ -77,8 +77,8 @@ def test_chains_end_unless_they_are_not_drawn_and_the_young_teach_nothing():
     options = "--smoke", "--device", "cpu"
     ages, groups, life, young, batch = in_loop(births, "train_images.py", *options, SCORE_EVERY=10 ** 6)
     assert ages.shape[1] == batch * (life - young) // life and ages.min() == (young - 1) * groups + 1
-    older = (ages > life * groups).float().mean().item()  # at each of `groups` steps it was not among one in `groups`
-    assert older == pytest.approx((1 - 1 / groups) ** groups, abs=0.06)
+    older = (ages > life * groups).float().mean().item()  # of `groups` turns to end a chain is spared one
+    assert ages.max() <= 2 * life * groups and older == pytest.approx(1 / groups, abs=0.08)
 
 
 # ------------------------------------------------------------------------------------------------ whole runs
