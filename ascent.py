@@ -21,6 +21,7 @@ PRIOR = 0.3              # rows for each column that hold an S_k to the Gaussian
 COOLING = 10 ** 0.5      # at most, from stage to stage: eps falls from the mean cost down
 STEPS = 60, 50, 200      # of Adam: to choose the number of components, of a stage, at the eps asked for
 BATCH, RATE = 2048, 0.03  # rows of a step; moves of a parameter in it, in its own scale, falling to 0
+BETAS = 0.9, 0.99        # of Adam
 FEW, MANY = 20_000, 200_000  # rows that balance masses on the way; most rows seen
 
 
@@ -190,10 +191,11 @@ def ascend(plan, x, y, near, prior, steps):
                 loss -= MeanLogSum.apply(on_y @ plan.inverse.T, *plan.of_y())
                 loss += PRIOR * prior / 2 * (plan.d.sum() + plan.U.square().sum() - plan.log_det()[0].sum())
                 grad, = torch.autograd.grad(loss, moves)
-            mean.lerp_(grad, 0.1)  # by hand: torch.optim takes two seconds to start
-            square.lerp_(grad.square(), 0.01)
-            rate = RATE * 0.5 * (1 + math.cos(math.pi * step / steps)) / (1 - 0.9 ** (step + 1))
-            moves -= rate * mean / ((square / (1 - 0.99 ** (step + 1))).sqrt() + 1e-8)
+            mean.lerp_(grad, 1 - BETAS[0])  # Adam by hand: torch.optim takes two seconds to start
+            square.lerp_(grad.square(), 1 - BETAS[1])
+            of_mean, of_square = (1 - beta ** (step + 1) for beta in BETAS)  # both averages start at 0
+            rate = RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
+            moves -= rate / of_mean * mean / ((square / of_square).sqrt() + 1e-8)
             if (step + 1) % max(1, steps // 4) == 0:
                 put()
                 value, on_near = balance(plan, *few), plan.objective(*near).item()
@@ -210,10 +212,15 @@ def ascend(plan, x, y, near, prior, steps):
 
 # ------------------------------------------------------------------------------------------------ all stages
 
+def difference(on_y, on_x):
+    """Of the means of two samples, and its standard error (0-dim)."""
+    return on_y.mean() - on_x.mean(), (on_y.var() / len(on_y) + on_x.var() / len(on_x)).sqrt()
+
+
 def gain_of(new, old, x, y):
     """What rows gain in the dual objective from mixture new over old, and its standard error."""
     on_y, on_x = new(y) - old(y), new.eps * (new.log_z(x) - old.log_z(x))
-    return (on_y.mean() - on_x.mean()).item(), (on_y.var() / len(on_y) + on_x.var() / len(on_x)).sqrt().item()
+    return tuple(value.item() for value in difference(on_y, on_x))
 
 
 @torch.no_grad()

@@ -78,7 +78,7 @@ EMA_DECAY = 0.995        # of the weights, per step
 SCORES, SCORED = 9, 100  # times that the weights are scored, on so many translations
 VALIDATION = 20          # every 20th target is held out for that
 DOUBT, DRAWS = 3.0, 20   # deviations of noise that scores differ by at least (the best of 9 has luck); draws of it
-TRIES, COLLAPSED = 4, 0.7  # of a training that runs off, each at half the rate; spread over real images': a warning
+TRIES, COLLAPSED = 4, 0.7  # of a training that runs off, each at half the rate; least spread over real images' unwarned
 TRANSLATIONS, SHOWN = 2, 8  # of each test image; rows of the figure
 EARLY = 0.1, 0.3         # parts of STEPS after which the figure's sources are translated too
 if args.smoke:
@@ -149,7 +149,7 @@ def newborn(first, n):
 
 
 def translated(f, x, n, longer=1):
-    """n translations of each x, the same ones at each call."""
+    """n translations of each x, by longer times WALK steps; the same ones at each call."""
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
         return images.translate(f, base.draw, x, n, EPS, NOISE, ETA, longer * WALK, BOX, last=LAST)
@@ -184,8 +184,8 @@ for other in (net_avg, best):
 f = potential(net)
 opt = torch.optim.AdamW(net.parameters(), lr=LR, betas=BETAS, weight_decay=DECAY, fused=True)
 zero, shown = torch.zeros((), device=device), test_x[::math.ceil(len(test_x) / SHOWN)]
-bank = common.Bank(*newborn(0, GROUPS * BATCH), gap=zero, rate=zero + 1, ended=zero, noise=zero, best_step=zero,
-                   early=torch.stack([shown] * 2), scores=zero.new_full((SCORES + 2, len(CURVES)), math.inf))
+bank = common.Bank(*newborn(0, GROUPS * BATCH), gap=zero, rate=zero + 1, noise=zero, early=torch.stack([shown] * 2),
+                   ended=zero, best_step=zero, scores=zero.new_full((STEPS // SCORE_EVERY + 2, len(CURVES)), math.inf))
 print(f"{len(x)} sources, {len(y)} targets and {len(valid)} to choose by, {len(test_x)} and {len(test_real)} to test, "
       f"{CHANNELS} x {SIDE} x {SIDE}")
 
@@ -197,10 +197,10 @@ run.steps, rate = run.step if bank.ended else STEPS, bank.rate.item()
 for step in run:
     opt.param_groups[0]["lr"] = rate * common.warm_cosine(LR, step, WARMUP, STEPS)
     (turn, group), born = divmod(step, GROUPS), BATCH // LIFE
-    rows = bank.rows(BATCH).roll(-(1 + turn) * born)  # the oldest first
+    rows = bank.rows(BATCH).roll(-(1 + turn) * born)  # one of any GROUPS neighbours, the oldest first
     rows[-born:] += group - rows[-born:] % GROUPS  # those whose turn it is, one after the other
     x_now, y_now = bank.x[rows], bank.y[rows]
-    if group != turn // LIFE % GROUPS:
+    if group != turn // LIFE % GROUPS:  # else spared
         x_now[-born:], y_now[-born:] = newborn(GROUPS * BATCH + step * born, born)
     y_now = images.walk(f, x_now, y_now, EPS, ETA, N_LANGEVIN, BOX)
     bank.x[rows], bank.y[rows] = x_now, y_now
