@@ -20,9 +20,11 @@ SIZES = (5, 20, 40, 60, 100, 200, 400)  # components
 PRIOR = 0.3              # rows for each column that hold an S_k to the Gaussian plan within the parts
 COOLING = 10 ** 0.5      # at most, from stage to stage: eps falls from the mean cost down
 STEPS = 60, 50, 200      # of Adam: to choose the number of components, of a stage, at the eps asked for
-BATCH, RATE = 2048, 0.03  # rows of a step; moves of a parameter in it, in its own scale, falling to 0
+BATCH, WORK = 2048, 2 ** 27  # least rows of a step; most rows times parameters, where an eighth of all rows is more
+RATE, HORIZON = 0.03, 0.1  # moves of a parameter in a step, in its own scale, falling to 0; share of steps averaged
+FINE = 1000              # numbers in a U_k: of more, where rows are many, each moves less, or their noise adds up
 BETAS = 0.9, 0.99        # of Adam
-FEW, MANY = 20_000, 200_000  # rows that balance masses on the way; most rows seen
+FEW, MANY, CHECKED = 20_000, 200_000, 10_000  # rows that a stage starts from; most rows seen; rows that watch a stage
 
 
 # ------------------------------------------------------------------------------------------------ one Gaussian
@@ -163,48 +165,56 @@ def cool(plan, eps, x, y, prior):
 
 @torch.no_grad()
 def ascend(plan, x, y, near, prior, steps):
-    """A stage, at one eps: Adam on the dual objective of batches, whose noise leads out of poor optima; masses are
-    balanced after every quarter.  Ends with that best on near = (x, y), rows that choose it, of those after which the
-    training objective is not below the first.
+    """A stage, at one eps: Adam on the dual objective of batches, whose noise leads out of poor optima and is averaged
+    away at the end; masses are balanced after every quarter.  Ends with that best on near = (x, y), rows that choose
+    it, of those after which the training objective is not below the first: by the last rows, as the start fits those
+    that it comes from too well.
 
     Parameters move relative to where they are, each in its own scale.  To the loss is added what is least where S_k is
     that of the Gaussian plan within the parts, I in the basis: few rows would overfit S_k."""
-    few, state = (x[:FEW], y[:FEW]), [getattr(plan, name).clone() for name in ("log_a", "r", "d", "U")]
+    few, state = (x[-CHECKED:], y[-CHECKED:]), [getattr(plan, name).clone() for name in ("log_a", "r", "d", "U")]
     (log_a, r, d, U), sizes = state, [t.numel() for t in state]
     root, width, K = d.sqrt(), math.sqrt(plan.eps) * d.sqrt(), len(log_a)
+    fine = root[..., None] * (min(1.0, FINE / max(1, U[0].numel())) if len(x) > FEW else 1.0)
     moves = torch.zeros(sum(sizes), device=x.device, requires_grad=True)
     mean, square = torch.zeros_like(moves), torch.zeros_like(moves)  # of the gradient, for Adam
     first, best = balance(plan, *few), (plan.objective(*near).item(), plan.kept())
     moves[:K] = plan.log_a - log_a
+    steady = moves.detach().clone()
 
-    def put():
+    def some(z):
+        rows = max(BATCH, min(len(z) // 8, WORK // len(moves)))
+        return z if len(z) <= rows else z[torch.randint(len(z), (rows,), device=z.device)]
+
+    def put(moves):
         of_log_a, of_r, of_d, of_U = (part.view_as(t) for part, t in zip(moves.split(sizes), state))
         plan.log_a, plan.r = log_a + of_log_a, r + width * of_r
-        plan.d, plan.U = (d * of_d.exp()).clamp(1e-3, 1e4), U + root[..., None] * of_U  # atoms would end at 0
+        plan.d, plan.U = (d * of_d.exp()).clamp(1e-3, 1e4), U + fine * of_U  # atoms would end at 0
 
     try:
         for step in range(steps):
-            on_x, on_y = (z if len(z) <= BATCH else z[torch.randint(len(z), (BATCH,), device=z.device)] for z in (x, y))
             with torch.enable_grad():
-                put()
-                loss = MeanLogSum.apply(on_x @ plan.R, *plan.of_x())
-                loss -= MeanLogSum.apply(on_y @ plan.inverse.T, *plan.of_y())
-                loss += PRIOR * prior / 2 * (plan.d.sum() + plan.U.square().sum() - plan.log_det()[0].sum())
+                put(moves)
+                det = plan.log_det()
+                loss = MeanLogSum.apply(some(x) @ plan.R, *plan.of_x())
+                loss -= MeanLogSum.apply(some(y) @ plan.inverse.T, *plan.of_y(det))
+                loss += PRIOR * prior / 2 * (plan.d.sum() + plan.U.square().sum() - det[0].sum())
                 grad, = torch.autograd.grad(loss, moves)
             mean.lerp_(grad, 1 - BETAS[0])  # Adam by hand: torch.optim takes two seconds to start
             square.lerp_(grad.square(), 1 - BETAS[1])
             of_mean, of_square = (1 - beta ** (step + 1) for beta in BETAS)  # both averages start at 0
             rate = RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
             moves -= rate / of_mean * mean / ((square / of_square).sqrt() + 1e-8)
+            steady.lerp_(moves, 1 / min(max(1, HORIZON * steps), step + 1))
             if (step + 1) % max(1, steps // 4) == 0:
-                put()
+                put(steady)
                 value, on_near = balance(plan, *few), plan.objective(*near).item()
                 if value >= first and on_near > best[0]:
                     best = on_near, plan.kept()
-                moves[:K] = plan.log_a - log_a
+                moves[:K] = steady[:K] = plan.log_a - log_a
     except torch.linalg.LinAlgError:  # a step too far for float32
         pass
-    put()  # without a graph
+    put(steady)  # without a graph
     plan.load_state_dict(best[1])
     if max(len(x), len(y)) > FEW:
         balance(plan, x, y)
