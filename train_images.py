@@ -19,8 +19,8 @@ and M translations of each, _real.pt: held-out targets, for eval_fid.py, and NEW
 The base leaves ghosts of the source behind; the net learns what targets look like, at every resolution.  As with the
 digits, targets get noise of deviation NOISE, and decay of the weights keeps f smooth.  A step moves one in GROUPS of
 the chains, drawn anew: the same ones together would swing together, and f with them.  A chain starts from a draw of
-the base's plan and ends after LIFE rounds of GROUPS steps, but one in GROUPS is spared then, that f be right for longer
-walks too.  Where all lived longer, f was wrong where translations end; some that never ended made training run off.
+the base's plan and ends after LIFE rounds of GROUPS steps, one in GROUPS after twice as many.  Langevin steps are longer
+where the base's plan is wide: else chains are on their way there to their end, f drives them, and longer walks overshoot.
 
 Weights are scored on images held out for this alone: see images.translation_scores.  So few images tell a run-off,
 but not which of two good scores is better: of the weights whose score the noise cannot tell from the best, the last are
@@ -66,9 +66,9 @@ HIDDEN = 256             # units after the last
 BATCH = 64               # chains moved per step, and targets per step
 N_LANGEVIN = 5           # Langevin steps of a chain per training step
 GROUPS, LIFE, YOUNG = 3, 16, 4  # chains over BATCH; rounds of so many steps till a chain ends, till f learns from it
-WALK, LAST, LONGER = 64, 10, 4  # Langevin steps of a translation, as of chains in the median; averaged; times as many
+WALK, LAST, LONGER = 50, 10, 4  # Langevin steps of a translation; of them averaged; times as many
 NOISE = min(0.16, 0.5 * math.sqrt(EPS))  # added to targets
-ETA, BOX = NOISE ** 2 / 2, 3.0  # Langevin step; pixels are clipped to +-BOX
+ETA, BOX, STRETCH = NOISE ** 2 / 2, 3.0, 2.0  # Langevin step; pixels are clipped to +-BOX; most stretch (4 runs off)
 AT_WALL, WIDEST_GAP = 0.05, 3000.0  # share of clipped pixels, mean of 100 gaps that count as divergence
 RANK, PRIOR = 128, 0.02  # directions whose covariance the base knows; the share of its diagonal in it
 SCALE = EPS / NOISE ** 2  # of the net
@@ -79,8 +79,7 @@ SCORES, SCORED = 9, 100  # times that the weights are scored, on so many transla
 VALIDATION = 20          # every 20th target is held out for that
 DOUBT, DRAWS = 3.0, 20   # deviations of noise that scores differ by at least (the best of 9 has luck); draws of it
 TRIES, COLLAPSED = 4, 0.7  # of a training that runs off, each at half the rate; least spread over real images' unwarned
-TRANSLATIONS, SHOWN = 2, 8  # of each test image; rows of the figure
-EARLY = 0.1, 0.3         # parts of STEPS after which the figure's sources are translated too
+TRANSLATIONS, SHOWN, EARLY = 2, 8, (0.1, 0.3)  # of each test image; rows of the figure; parts of STEPS also shown
 if args.smoke:
     STEPS, BATCH, N_LANGEVIN, GROUPS, LIFE, YOUNG, WALK, RANK, WIDTHS, HIDDEN = 12, 8, 2, 2, 4, 1, 4, 8, (4, 4, 8, 8), 8
     SCORES, SCORED, SHOWN = 3, 4, 3
@@ -133,6 +132,7 @@ def spread_order(points):
 
 # no variance EPS S is below ETA/2, or Langevin steps would run away
 base = MainPlan(x, y, EPS, RANK, (0.01 ** 2, NOISE ** 2), (ETA / (2 * EPS), None), PRIOR).requires_grad_(False)
+stretch = base.stretch(STRETCH)
 x, y = (s[spread_order(base.parts(s)[0][:, -8:])] for s in (x, y))
 some = x[::max(1, len(x) // SCORED)]  # whose translations are scored
 
@@ -152,7 +152,7 @@ def translated(f, x, n, longer=1):
     """n translations of each x, by longer times WALK steps; the same ones at each call."""
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
-        return images.translate(f, base.draw, x, n, EPS, NOISE, ETA, longer * WALK, BOX, last=LAST)
+        return images.translate(f, base.draw, x, n, EPS, NOISE, ETA, longer * WALK, BOX, last=LAST, stretch=stretch)
 
 
 def score(z, seen=y):
@@ -202,7 +202,7 @@ for step in run:
     x_now, y_now = bank.x[rows], bank.y[rows]
     if group != turn // LIFE % GROUPS:  # else spared
         x_now[-born:], y_now[-born:] = newborn(GROUPS * BATCH + step * born, born)
-    y_now = images.walk(f, x_now, y_now, EPS, ETA, N_LANGEVIN, BOX)
+    y_now = images.walk(f, x_now, y_now, EPS, ETA, N_LANGEVIN, BOX, stretch=stretch)
     bank.x[rows], bank.y[rows] = x_now, y_now
     y_pos = y[common.stratified_rows(len(y), BATCH, device)]
     gap = common.train_step(f, opt, y_pos + NOISE * torch.randn_like(y_pos), y_now[:BATCH - YOUNG * born])

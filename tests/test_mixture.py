@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import ascent
+import images
 import mixture
 from ascent import MeanLogSum, anneal, gain_of, gaussian_plan
 from common import quadratic_cost
@@ -147,6 +148,25 @@ def test_main_plan_is_the_plan_between_gaussians_in_pixel_space_with_noise():
     assert ((covariance - eps * T).abs() / scale.outer(scale)).max() < 0.04
     # so the law of y over Gaussian x is N(m1, S1): T S0 T + eps T = S1
     assert torch.allclose(T @ S0 @ T + eps * T, S1, atol=1e-8)
+
+
+def test_stretched_steps_take_wide_directions_faster_to_the_same_plan():
+    """A step along V leaves 1 - eta m / (2 eps S) of what y is away from the mean, m = S / S_o from 1 to 4."""
+    eps, eta, steps = 0.1, 0.01, 3
+    base, *_ = gaussians(12, eps)
+    stretch, x = base.stretch(4.0), torch.randn(1, 3, 2, 2)
+    m = (base.S / base.S_o).clamp(1, 4)
+    assert m.min() == 1 and m.max() == 4 and ((m > 1) & (m < 4)).any()
+    v = torch.randn(5, 3, 2, 2)
+    assert torch.allclose(base.parts(stretch(stretch(v)) + base.mean.view(3, 2, 2))[0], v.flatten(1) @ base.V * m,
+                          atol=1e-4)
+    at_x = x.expand(20000, -1, -1, -1)
+    start = base.map(x) + 0.5 * base.V.sum(1).view(3, 2, 2)
+    y = images.walk(base, at_x, start.expand_as(at_x), eps, eta, steps, 99.0, stretch=stretch)
+    away = (y - base.map(x)).flatten(1).mean(0) @ base.V
+    assert torch.allclose(away, 0.5 * (1 - eta * m / (2 * eps * base.S)) ** steps, atol=0.02)
+    y = images.walk(base, at_x, base.draw(at_x), eps, eta, 10, 99.0, stretch=stretch)
+    assert (((y.flatten(1) @ base.V).var(0) / (eps * base.S)).log().abs() < 0.04).all()
 
 
 def test_main_plan_f_is_the_log_density_of_its_draws():

@@ -67,7 +67,7 @@ def test_at_its_turn_one_chain_in_groups_lives_on_and_the_young_teach_nothing():
             return tuple(torch.full((n, *v["x"].shape[1:]), float(born)) for _ in range(2))
 
         walk, train_step, v["newborn"] = v["images"].walk, v["common"].train_step, newborn
-        v["images"].walk, v["common"].train_step, v["bank"].y[:] = (lambda f, x, y, *_: y), learn, 0
+        v["images"].walk, v["common"].train_step, v["bank"].y[:] = (lambda f, x, y, *_, **more: y), learn, 0
         try:
             yield from range(1, steps)
         finally:
