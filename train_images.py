@@ -18,9 +18,9 @@ and M translations of each, _real.pt: held-out targets, for eval_fid.py, and NEW
 
 The base leaves ghosts of the source behind; the net learns what targets look like, at every resolution.  As with the
 digits, targets get noise of deviation NOISE, and decay of the weights keeps f smooth.  A step moves one in GROUPS of
-the chains, drawn anew: the same ones together would swing together, and f with them.  A chain starts from a draw of
-the base's plan and ends after LIFE rounds of GROUPS steps, one in GROUPS after twice as many.  Langevin steps are longer
-where the base's plan is wide: else chains are on their way there to their end, f drives them, and longer walks overshoot.
+the chains, drawn anew: the same ones together would swing together, and f with them.  A chain starts from a draw of the
+base's plan and ends after LIFE rounds of GROUPS steps, one in GROUPS after twice as many.  Langevin steps are longer
+where the base's plan is wide: else chains never arrive there, f drives them on, and longer walks overshoot.
 
 Weights are scored on images held out for this alone: see images.translation_scores.  So few images tell a run-off,
 but not which of two good scores is better: of the weights whose score the noise cannot tell from the best, the last are
