@@ -22,6 +22,7 @@ COOLING = 10 ** 0.5      # at most, from stage to stage: eps falls from the mean
 STEPS = 60, 50, 200      # of Adam: to choose the number of components, of a stage, at the eps asked for
 BATCH, WORK = 2048, 2 ** 27  # least rows of a step; most rows times parameters, where an eighth of all rows is more
 RATE, HORIZON = 0.03, 0.1  # moves of a parameter in a step, in its own scale, falling to 0; share of steps averaged
+SMALL = 500              # numbers in a mixture: of fewer, steps are so cheap that the last stage takes four times as many
 FINE = 1000              # numbers in a U_k: of more, where rows are many, each moves less, or their noise adds up
 BETAS = 0.9, 0.99        # of Adam
 FEW, MANY, CHECKED = 20_000, 200_000, 10_000  # rows that a stage starts from; most rows seen; rows that watch a stage
@@ -257,11 +258,12 @@ def anneal(x, y, near, epses, say=lambda plan, what, left: None, sizes=SIZES, st
     for eps in sorted(epses, reverse=True):
         if found is not None:
             stages = max(1, math.ceil(math.log(found.eps / eps) / math.log(COOLING) - 1e-6))
+            most = steps[2] * (4 if found.U.numel() + 2 * found.r.numel() < SMALL else 1)
             for left in range(stages, 0, -1):
                 cool(found, found.eps * (eps / found.eps) ** (1 / left), *few, prior)
                 last = left == 1
-                ascend(found, x, y, near, prior, steps[2] if last else steps[1])
-                say(found, "done" if last else "cooling", 0 if last else left - 2 + steps[2] / steps[1])
+                ascend(found, x, y, near, prior, most if last else steps[1])
+                say(found, "done" if last else "cooling", 0 if last else left - 2 + most / steps[1])
         yield copy.deepcopy(found), gaussian_plan(x, y, eps)
 
 
