@@ -213,7 +213,7 @@ class Pyramid(nn.Module):
 
 
 def walk(f, x, y, eps, eta, steps, box, watch=lambda y, grad: None, stretch=lambda v: v):
-    """Langevin steps in the box +-box, stretched as by MainPlan.stretch, each after watch(y, grad log pi_f(y|x)).  The
+    """Langevin steps in the box +-box, stretched by MainPlan.stretched, each after watch(y, grad log pi_f(y|x)).  The
     noise is the mean of a step's own and the last one's (Leimkuhler & Matthews 2013): exact for Gaussians."""
     noise = torch.randn_like(y)
     for _ in range(steps):

@@ -132,7 +132,7 @@ def spread_order(points):
 
 # no variance EPS S is below ETA/2, or Langevin steps would run away
 base = MainPlan(x, y, EPS, RANK, (0.01 ** 2, NOISE ** 2), (ETA / (2 * EPS), None), PRIOR).requires_grad_(False)
-stretch = base.stretch(STRETCH)
+stretch = lambda v: base.stretched(v, STRETCH)
 x, y = (s[spread_order(base.parts(s)[0][:, -8:])] for s in (x, y))
 some = x[::max(1, len(x) // SCORED)]  # whose translations are scored
 

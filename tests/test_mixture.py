@@ -154,7 +154,7 @@ def test_stretched_steps_take_wide_directions_faster_to_the_same_plan():
     """A step along V leaves 1 - eta m / (2 eps S) of what y is away from the mean, m = S / S_o from 1 to 4."""
     eps, eta, steps = 0.1, 0.01, 3
     base, *_ = gaussians(12, eps)
-    stretch, x = base.stretch(4.0), torch.randn(1, 3, 2, 2)
+    stretch, x = lambda v: base.stretched(v, 4.0), torch.randn(1, 3, 2, 2)
     m = (base.S / base.S_o).clamp(1, 4)
     assert m.min() == 1 and m.max() == 4 and ((m > 1) & (m < 4)).any()
     v = torch.randn(5, 3, 2, 2)
