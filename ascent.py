@@ -173,13 +173,13 @@ def ascend(plan, x, y, near, prior, steps):
 
     Parameters move relative to where they are, each in its own scale.  To the loss is added what is least where S_k is
     that of the Gaussian plan within the parts, I in the basis: few rows would overfit S_k."""
-    few, state = (x[-CHECKED:], y[-CHECKED:]), [getattr(plan, name).clone() for name in ("log_a", "r", "d", "U")]
+    checked, state = (x[-CHECKED:], y[-CHECKED:]), [getattr(plan, name).clone() for name in ("log_a", "r", "d", "U")]
     (log_a, r, d, U), sizes = state, [t.numel() for t in state]
     root, width, K = d.sqrt(), math.sqrt(plan.eps) * d.sqrt(), len(log_a)
     fine = root[..., None] * (min(1.0, FINE / max(1, U[0].numel())) if len(x) > FEW else 1.0)
     moves = torch.zeros(sum(sizes), device=x.device, requires_grad=True)
     mean, square = torch.zeros_like(moves), torch.zeros_like(moves)  # of the gradient, for Adam
-    first, best = balance(plan, *few), (plan.objective(*near).item(), plan.kept())
+    first, best = balance(plan, *checked), (plan.objective(*near).item(), plan.kept())
     moves[:K] = plan.log_a - log_a
     steady = moves.detach().clone()
 
@@ -209,7 +209,7 @@ def ascend(plan, x, y, near, prior, steps):
             steady.lerp_(moves, 1 / min(max(1, HORIZON * steps), step + 1))
             if (step + 1) % max(1, steps // 4) == 0:
                 put(steady)
-                value, on_near = balance(plan, *few), plan.objective(*near).item()
+                value, on_near = balance(plan, *checked), plan.objective(*near).item()
                 if value >= first and on_near > best[0]:
                     best = on_near, plan.kept()
                 moves[:K] = steady[:K] = plan.log_a - log_a
@@ -217,7 +217,7 @@ def ascend(plan, x, y, near, prior, steps):
         pass
     put(steady)  # without a graph
     plan.load_state_dict(best[1])
-    if max(len(x), len(y)) > FEW:
+    if max(len(x), len(y)) > CHECKED:
         balance(plan, x, y)
 
 
@@ -258,12 +258,12 @@ def anneal(x, y, near, epses, say=lambda plan, what, left: None, sizes=SIZES, st
     for eps in sorted(epses, reverse=True):
         if found is not None:
             stages = max(1, math.ceil(math.log(found.eps / eps) / math.log(COOLING) - 1e-6))
-            most = steps[2] * (4 if found.U.numel() + 2 * found.r.numel() < SMALL else 1)
+            last_steps = steps[2] * (4 if found.U.numel() + 2 * found.r.numel() < SMALL else 1)
             for left in range(stages, 0, -1):
                 cool(found, found.eps * (eps / found.eps) ** (1 / left), *few, prior)
                 last = left == 1
-                ascend(found, x, y, near, prior, most if last else steps[1])
-                say(found, "done" if last else "cooling", 0 if last else left - 2 + most / steps[1])
+                ascend(found, x, y, near, prior, last_steps if last else steps[1])
+                say(found, "done" if last else "cooling", 0 if last else left - 2 + last_steps / steps[1])
         yield copy.deepcopy(found), gaussian_plan(x, y, eps)
 
 

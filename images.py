@@ -213,8 +213,8 @@ class Pyramid(nn.Module):
 
 
 def walk(f, x, y, eps, eta, steps, box, watch=lambda y, grad: None, stretch=lambda v: v):
-    """Langevin steps in the box +-box, stretched by MainPlan.stretched, each after watch(y, grad log pi_f(y|x)).  The
-    noise is the mean of a step's own and the last one's (Leimkuhler & Matthews 2013): exact for Gaussians."""
+    """Langevin steps in +-box, stretched as by MainPlan.stretched, after watch(y, grad log pi_f(y|x)) each.  A step's
+    noise is the mean of its own and the last (Leimkuhler & Matthews 2013): exact for Gaussians, else 1/7 too wide."""
     noise = torch.randn_like(y)
     for _ in range(steps):
         _, grad = common.log_p_and_grad(f, x, y, eps)

@@ -18,9 +18,9 @@ and M translations of each, _real.pt: held-out targets, for eval_fid.py, and NEW
 
 The base leaves ghosts of the source behind; the net learns what targets look like, at every resolution.  As with the
 digits, targets get noise of deviation NOISE, and decay of the weights keeps f smooth.  A step moves one in GROUPS of
-the chains, drawn anew: the same ones together would swing together, and f with them.  A chain starts from a draw of the
-base's plan and ends after LIFE rounds of GROUPS steps, one in GROUPS after twice as many.  Langevin steps are longer
-where the base's plan is wide: else chains never arrive there, f drives them on, and longer walks overshoot.
+the chains, drawn anew: the same ones would swing together, and f with them.  A chain starts from a draw of the base's
+plan and ends after LIFE rounds of GROUPS steps, one in GROUPS after twice as many, for the sake of longer walks.  Steps
+are longer where the base's plan is wide: else chains never arrive there, f drives them on, and longer walks overshoot.
 
 Weights are scored on images held out for this alone: see images.translation_scores.  So few images tell a run-off,
 but not which of two good scores is better: of the weights whose score the noise cannot tell from the best, the last are
@@ -68,7 +68,7 @@ N_LANGEVIN = 5           # Langevin steps of a chain per training step
 GROUPS, LIFE, YOUNG = 3, 16, 4  # chains over BATCH; rounds of so many steps till a chain ends, till f learns from it
 WALK, LAST, LONGER = 50, 10, 4  # Langevin steps of a translation; of them averaged; times as many
 NOISE = min(0.16, 0.5 * math.sqrt(EPS))  # added to targets
-ETA, BOX, STRETCH = NOISE ** 2 / 2, 3.0, 2.0  # Langevin step; pixels are clipped to +-BOX; most stretch (4 runs off)
+ETA, BOX, STRETCH = NOISE ** 2 / 2, 3.0, 2.0  # Langevin step; pixels stay in +-BOX; most stretch of steps (4 runs off)
 AT_WALL, WIDEST_GAP = 0.05, 3000.0  # share of clipped pixels, mean of 100 gaps that count as divergence
 RANK, PRIOR = 128, 0.02  # directions whose covariance the base knows; the share of its diagonal in it
 SCALE = EPS / NOISE ** 2  # of the net
