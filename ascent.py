@@ -21,8 +21,7 @@ PRIOR = 0.3              # rows for each column that hold an S_k to the Gaussian
 COOLING = 10 ** 0.5      # at most, from stage to stage: eps falls from the mean cost down
 STEPS = 60, 50, 200      # of Adam: to choose the number of components, of a stage, at the eps asked for
 BATCH, WORK = 2048, 2 ** 27  # least rows of a step; most rows times parameters, where an eighth of all rows is more
-RATE, HORIZON = 0.03, 0.1  # moves of a parameter in a step, in its own scale, falling to 0; share of steps averaged
-SMALL = 500              # numbers in a mixture: of fewer, the last stage, cheap then, takes four times as many steps
+RATE = 0.03              # moves of a parameter in a step, in its own scale, falling to 0
 FINE = 1000              # numbers in a U_k: of more, where rows are many, each moves less, or their noise adds up
 BETAS = 0.9, 0.99        # of Adam
 FEW, MANY, CHECKED = 20_000, 200_000, 10_000  # rows that a stage starts from; most rows seen; rows that watch a stage
@@ -44,6 +43,14 @@ def covariance_within(z, weights, prior=0.0):
     sums = (weights.T @ z).double() / len(z)
     S = second - sums.T @ (sums / mass[:, None])
     return widened(S.lerp(S.diag().diag(), prior / (1 + prior)), second)
+
+
+def moments(z, shares):
+    """Means (K, D) and covariances (K, D, D), float64, of parts of z (n, D) that shares (n, K) make."""
+    mass = shares.mean(0).double().clamp_min(1e-12)
+    mean = (shares.T @ z).double() / len(z) / mass[:, None]
+    away = ((z - m).mul_(share.sqrt()[:, None]) for m, share in zip(mean.float(), shares.T))
+    return mean, torch.stack([(a.T @ a).double() for a in away]) / len(z) / mass[:, None, None]
 
 
 def gaussian_plan(x, y, eps):
@@ -166,10 +173,9 @@ def cool(plan, eps, x, y, prior):
 
 @torch.no_grad()
 def ascend(plan, x, y, near, prior, steps):
-    """A stage, at one eps: Adam on the dual objective of batches, whose noise leads out of poor optima and is averaged
-    away at the end; masses are balanced after every quarter.  Ends with that best on near = (x, y), rows that choose
-    it, of those after which the training objective is not below the first: by the last rows, as the start fits those
-    that it comes from too well.
+    """A stage, at one eps: Adam on the dual objective of batches, whose noise leads out of poor optima; masses are
+    balanced after every quarter.  Ends with that best on near = (x, y), rows that choose it, of those after which the
+    training objective is not below the first: by the last rows, as the start fits those that it comes from too well.
 
     Parameters move relative to where they are, each in its own scale.  To the loss is added what is least where S_k is
     that of the Gaussian plan within the parts, I in the basis: few rows would overfit S_k."""
@@ -181,7 +187,6 @@ def ascend(plan, x, y, near, prior, steps):
     mean, square = torch.zeros_like(moves), torch.zeros_like(moves)  # of the gradient, for Adam
     first, best = balance(plan, *checked), (plan.objective(*near).item(), plan.kept())
     moves[:K] = plan.log_a - log_a
-    steady = moves.detach().clone()
 
     def some(z):
         rows = max(BATCH, min(len(z) // 8, WORK // len(moves)))
@@ -206,19 +211,49 @@ def ascend(plan, x, y, near, prior, steps):
             of_mean, of_square = (1 - beta ** (step + 1) for beta in BETAS)  # both averages start at 0
             rate = RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
             moves -= rate / of_mean * mean / ((square / of_square).sqrt() + 1e-8)
-            steady.lerp_(moves, 1 / min(max(1, HORIZON * steps), step + 1))
             if (step + 1) % max(1, steps // 4) == 0:
-                put(steady)
+                put(moves)
                 value, on_near = balance(plan, *checked), plan.objective(*near).item()
                 if value >= first and on_near > best[0]:
                     best = on_near, plan.kept()
-                moves[:K] = steady[:K] = plan.log_a - log_a
+                moves[:K] = plan.log_a - log_a
     except torch.linalg.LinAlgError:  # a step too far for float32
         pass
-    put(steady)  # without a graph
+    put(moves)  # without a graph
     plan.load_state_dict(best[1])
     if max(len(x), len(y)) > CHECKED:
         balance(plan, x, y)
+
+
+@torch.no_grad()
+def settle(plan, x, y, near, steps=30):
+    """On to where the gradient is 0, for S_k of full rank: each component goes towards the Gaussian plan between its
+    parts of P and Q, only so far that the objective rises.  Ends with what is best on near = (x, y).  Where the plan is
+    a mixture's, halves what Adam's noise leaves of the error; where clusters are not Gaussian, it soon stops."""
+    best, value, share = (plan.objective(*near).item(), plan.kept()), balance(plan, x, y), 1.0
+    for _ in range(steps):
+        before, S = plan.kept(), (plan.d.diag_embed() + plan.U @ plan.U.mT).double()
+        try:
+            x_mean, P = moments(x @ plan.R, plan.log_w(x).softmax(1))
+            y_mean, Q = moments(y @ plan.inverse.T, plan.log_v(y).softmax(1))
+            T = gaussian_map(P, Q, plan.eps)
+            plan.r.lerp_((y_mean - (T @ x_mean[..., None]).squeeze(2)).float(), share)
+            values, vectors = torch.linalg.eigh(S.lerp(T, share))
+            values = values.clamp_min(2e-3)  # float32 tells no smaller ones from 0
+            plan.d.copy_(values[:, :1].expand_as(plan.d) / 2)  # what is left is U U^T
+            plan.U.copy_(vectors * (values - values[:, :1] / 2).sqrt()[:, None])
+            risen = balance(plan, x, y) - value
+        except torch.linalg.LinAlgError:  # a component without rows
+            risen = -math.inf
+        if risen > 0:
+            value, share = value + risen, min(1.0, 1.5 * share)
+            best = max(best, (plan.objective(*near).item(), plan.kept()), key=lambda tried: tried[0])
+        else:
+            share /= 2
+            plan.load_state_dict(before)
+        if 0 < risen < 1e-6 or share < 0.02:
+            break
+    plan.load_state_dict(best[1])
 
 
 # ------------------------------------------------------------------------------------------------ all stages
@@ -258,12 +293,13 @@ def anneal(x, y, near, epses, say=lambda plan, what, left: None, sizes=SIZES, st
     for eps in sorted(epses, reverse=True):
         if found is not None:
             stages = max(1, math.ceil(math.log(found.eps / eps) / math.log(COOLING) - 1e-6))
-            last_steps = steps[2] * (4 if found.U.numel() + 2 * found.r.numel() < SMALL else 1)
             for left in range(stages, 0, -1):
                 cool(found, found.eps * (eps / found.eps) ** (1 / left), *few, prior)
                 last = left == 1
-                ascend(found, x, y, near, prior, last_steps if last else steps[1])
-                say(found, "done" if last else "cooling", 0 if last else left - 2 + last_steps / steps[1])
+                ascend(found, x, y, near, prior, steps[2] if last else steps[1])
+                if last and found.U.shape[2] == dim:
+                    settle(found, x, y, near)
+                say(found, "done" if last else "cooling", 0 if last else left - 2 + steps[2] / steps[1])
         yield copy.deepcopy(found), gaussian_plan(x, y, eps)
 
 

@@ -297,7 +297,8 @@ def test_the_objective_never_falls_over_a_stage_and_masses_agree(monkeypatch):
     assert 2 * torch.cdist(pushed, y).mean() - torch.cdist(pushed, pushed).mean() - torch.cdist(y, y).mean() < 0.06
 
 
-def test_the_fit_ends_where_the_gradient_is_zero():
+@pytest.mark.parametrize("climb", [lambda *rows: ascent.ascend(*rows, 0.0, 100), ascent.settle])
+def test_the_fit_ends_where_the_gradient_is_zero(climb):
     """By autograd of the objective as it is written, each parameter in its own scale."""
     torch.manual_seed(0)
     x, y = cell_like(400, dim=2)
@@ -315,7 +316,7 @@ def test_the_fit_ends_where_the_gradient_is_zero():
         sizes.append(max((scale * grad).abs().max().item() for scale, grad in zip(scales, grads)))
         for name in ("log_a", "r", "d", "U"):
             setattr(plan, name, getattr(plan, name).detach())
-        ascent.ascend(plan, x, y, (x, y), 0.0, 100)
+        climb(plan, x, y, (x, y))
     assert sizes[-1] < 1e-3 < 0.1 < sizes[0]
 
 
@@ -374,7 +375,7 @@ def test_of_many_rows_the_fit_comes_near_to_the_exact_plan():
     near, fresh = rows(4000), rows(20_000)
     (found, of_one), = anneal(*rows(n), near, [eps], sizes=(5,))
     share = (found.objective(*fresh) - of_one.objective(*fresh)) / (exact(*fresh) - of_one.objective(*fresh))
-    assert 0.8 < share < 1.01
+    assert 0.95 < share < 1.01
 
 
 # ------------------------------------------------------------------------------------------------ in the data's units
