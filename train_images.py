@@ -74,7 +74,7 @@ RANK, PRIOR = 128, 0.02  # directions whose covariance the base knows; the share
 SCALE = EPS / NOISE ** 2  # of the net
 LR, WARMUP = {32: 3e-3, 64: 1.6e-3, 128: 1e-3}[SIDE], 50  # of AdamW; rises in WARMUP steps, then falls to 0 by a cosine
 BETAS, DECAY = (0.0, 0.9), 0.8  # one bad gradient slows ten steps (0.99: hundreds); decay of weights, per LR and step
-EMA_DECAY = 0.995        # of the weights, per step
+AVERAGED = 4             # weights are a mean over about the last of so many parts of the steps: f swings as it learns
 SCORES, SCORED = 9, 100  # times that the weights are scored, on so many translations
 VALIDATION = 20          # every 20th target is held out for that
 DOUBT, DRAWS = 3.0, 20   # deviations of noise that scores differ by at least (the best of 9 has luck); draws of it
@@ -207,7 +207,7 @@ for step in run:
     y_pos = y[common.stratified_rows(len(y), BATCH, device)]
     gap = common.train_step(f, opt, y_pos + NOISE * torch.randn_like(y_pos), y_now[:BATCH - YOUNG * born])
     bank.gap += 0.01 * (gap - bank.gap)
-    common.update_ema(net_avg, net, EMA_DECAY, step)
+    common.update_ema(net_avg, net, 1.0, step, AVERAGED)
     due, at_wall = run.due() or step == 2, (y_now.abs() == BOX).float().mean()  # 2: the time left shows at once
     ran_off = due and not (bank.gap.abs() < WIDEST_GAP and at_wall < AT_WALL)  # nan too
     if ran_off:

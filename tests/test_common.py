@@ -262,6 +262,11 @@ def test_update_ema_is_the_exponential_mean_and_the_rate_a_warm_cosine():
     for _ in range(5):
         common.update_ema(a, b, 0.9, 10_000)
     assert torch.allclose(next(a.parameters()), 0.9 ** 5 * start + (1 - 0.9 ** 5) * new, atol=1e-6)
+    for step in range(1, 41):  # of the t-th of n nets 4 (t+1) (t+2) (t+3) / ((n+1) (n+2) (n+3) (n+4))
+        torch.nn.init.constant_(next(b.parameters()), step)
+        common.update_ema(a, b, 1.0, step, 4)
+    weights = [4 * math.prod(range(t + 1, t + 4)) / math.prod(range(41, 45)) for t in range(1, 41)]
+    assert next(a.parameters()).mean().item() == pytest.approx(sum(w * t for t, w in enumerate(weights, 1)), abs=1e-3)
     assert common.max_param(a, b) == max(p.abs().max() for net in (a, b) for p in net.parameters())
     assert common.warm_cosine(2.0, 5, 10, 10 ** 9) == pytest.approx(1) and common.warm_cosine(2.0, 50, 10, 100) == 1
     assert common.warm_cosine(2.0, 100, 10, 100) == 0
