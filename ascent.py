@@ -271,14 +271,15 @@ def gain_of(new, old, x, y):
 
 @torch.no_grad()
 def anneal(x, y, near, epses, say=lambda plan, what, left: None, sizes=SIZES, steps=STEPS):
-    """For each of epses, from the largest, yields a mixture, or None where rows are too few, and the Gaussian plan.
+    """For each of epses, from the largest, yields a mixture, where rows suffice for one, the Gaussian plan, and whether
+    mixtures are clearly better at the mean cost, where fewer rows can tell than at a small eps.
 
     near = (x, y), rows that choose only.  The number of components is chosen at the mean cost, where a fit is cheap: as
     many as near gains from, beyond two standard errors.  The mixture found is then carried down from stage to stage:
     started at a small eps, it would end in a poor optimum."""
     dim, n, (x, y), few = x.shape[1], min(len(x), len(y)), (x[:MANY], y[:MANY]), (x[:FEW], y[:FEW])
     prior, top = dim / n, max((x.var(0).sum() + y.var(0).sum()).item() / 2, max(epses))
-    best, found = gaussian_plan(x, y, top), None
+    best, found, clear = gaussian_plan(x, y, top), None, False
     for components in (k for k in sizes if k * max(ROWS_PER_COMPONENT, ROWS_PER_COLUMN * dim) <= n):
         rank = min(dim, min(n, FEW) // (components * ROWS_PER_RANK))
         new = Mixture(dim, components, rank, top).to(x.device)
@@ -289,7 +290,7 @@ def anneal(x, y, near, epses, say=lambda plan, what, left: None, sizes=SIZES, st
         found = new if found is None or gain > 2 * error else found  # where P alone has parts, this eps shows none
         if not gain > 2 * error:
             break
-        best = new
+        best, clear = new, True
     for eps in sorted(epses, reverse=True):
         if found is not None:
             stages = max(1, math.ceil(math.log(found.eps / eps) / math.log(COOLING) - 1e-6))
@@ -300,7 +301,8 @@ def anneal(x, y, near, epses, say=lambda plan, what, left: None, sizes=SIZES, st
                 if last and found.U.shape[2] == dim:
                     settle(found, x, y, near)
                 say(found, "done" if last else "cooling", 0 if last else left - 2 + steps[2] / steps[1])
-        yield copy.deepcopy(found), gaussian_plan(x, y, eps)
+        of_one = gaussian_plan(x, y, eps)
+        yield copy.deepcopy(found or of_one), of_one, clear
 
 
 def fit(x, y, eps=None, share=0.1, say=lambda plan, what, left: None):
@@ -312,6 +314,6 @@ def fit(x, y, eps=None, share=0.1, say=lambda plan, what, left: None):
     eps = eps / unit.item() ** 2 if eps else eps_of(share)
     own = [((z - z.mean(0)) / unit).float()[torch.randperm(len(z))] for z in (x, y)]
     near, rest = zip(*((z[:len(z) // 10], z[len(z) // 10:]) for z in own))
-    (found, of_one), = anneal(*rest, near, [eps], say)
-    better = found is not None and gain_of(found, of_one, *near)[0] > 0
-    return Plan(found if better else of_one, x.mean(0), y.mean(0), unit)
+    (found, of_one, _), = anneal(*rest, near, [eps], say)
+    better = found if gain_of(found, of_one, *near)[0] > 0 else of_one
+    return Plan(better, x.mean(0), y.mean(0), unit)

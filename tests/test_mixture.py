@@ -254,8 +254,8 @@ def test_a_mixture_is_fitted_to_the_plan_it_came_from():
     torch.manual_seed(0)
     true, x = mixture_1d(), torch.randn(40_000, 1)
     y = true.sample(x)
-    (plan, of_one), = anneal(x[4000:], y[4000:], (x[:4000], y[:4000]), [true.eps], sizes=(3,))
-    assert gain_of(plan, of_one, x, y)[0] > 0.1
+    (plan, of_one, clear), = anneal(x[4000:], y[4000:], (x[:4000], y[:4000]), [true.eps], sizes=(3,))
+    assert clear and gain_of(plan, of_one, x, y)[0] > 0.1
     assert plan.objective(x, y).item() == pytest.approx(true.objective(x, y).item(), abs=2e-3)
     points = torch.tensor([-1.5, 0.0, 1.5])
     for found, exact in zip(conditional_1d(plan, plan.eps, points)[1:], conditional_1d(true, true.eps, points)[1:]):
@@ -286,7 +286,7 @@ def test_the_objective_never_falls_over_a_stage_and_masses_agree(monkeypatch):
         stages.append((self.eps, before, self.objective(x, y).item()))
 
     monkeypatch.setattr(ascent, "ascend", watched)
-    (plan, of_one), (small, _) = anneal(x[100:], y[100:], (x[:100], y[:100]), [0.3, 0.03], sizes=(5,))
+    (plan, of_one, _), (small, *_) = anneal(x[100:], y[100:], (x[:100], y[:100]), [0.3, 0.03], sizes=(5,))
     assert len(stages) >= 5 and all(after >= before - 1e-3 * abs(before) for _, before, after in stages)
     for found in (plan, small):
         w, v = found.log_w(x[100:]).softmax(1).mean(0), found.log_v(y[100:]).softmax(1).mean(0)
@@ -295,6 +295,14 @@ def test_the_objective_never_falls_over_a_stage_and_masses_agree(monkeypatch):
     assert gain_of(plan, of_one, x, y)[0] > 0.5
     pushed = small.sample(x)
     assert 2 * torch.cdist(pushed, y).mean() - torch.cdist(pushed, pushed).mean() - torch.cdist(y, y).mean() < 0.06
+
+
+def test_mixtures_are_clearly_better_of_clusters_not_of_gaussians():
+    torch.manual_seed(0)
+    x, y = torch.randn(2000, 3), torch.randn(2000, 3) * torch.tensor([0.5, 1.0, 2.0])
+    for sets, clear in (((x, y), False), (cell_like(2000, dim=3), True)):
+        near, rest = zip(*((z[:200], z[200:]) for z in sets))
+        assert [more for _, _, more in anneal(*rest, near, [1.0, 0.5], sizes=(5,))] == [clear] * 2
 
 
 @pytest.mark.parametrize("climb", [lambda *rows: ascent.ascend(*rows, 0.0, 100), ascent.settle])
@@ -373,7 +381,7 @@ def test_of_many_rows_the_fit_comes_near_to_the_exact_plan():
         return eps * (log_v.mean() - log_z.mean())
 
     near, fresh = rows(4000), rows(20_000)
-    (found, of_one), = anneal(*rows(n), near, [eps], sizes=(5,))
+    (found, of_one, _), = anneal(*rows(n), near, [eps], sizes=(5,))
     share = (found.objective(*fresh) - of_one.objective(*fresh)) / (exact(*fresh) - of_one.objective(*fresh))
     assert 0.8 < share < 1.01
 
