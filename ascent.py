@@ -280,7 +280,8 @@ def anneal(x, y, near, epses, say=lambda plan, what, left: None, sizes=SIZES, st
     dim, n, (x, y), few = x.shape[1], min(len(x), len(y)), (x[:MANY], y[:MANY]), (x[:FEW], y[:FEW])
     prior, top = dim / n, max((x.var(0).sum() + y.var(0).sum()).item() / 2, max(epses))
     best, found, clear = gaussian_plan(x, y, top), None, False
-    for components in (k for k in sizes if k * max(ROWS_PER_COMPONENT, ROWS_PER_COLUMN * dim) <= n):
+    most = int(n / max(ROWS_PER_COMPONENT, ROWS_PER_COLUMN * dim))  # that the rows carry: tried in place of more
+    for components in sorted({min(size, most) for size in sizes if most >= sizes[0]}):
         rank = min(dim, min(n, FEW) // (components * ROWS_PER_RANK))
         new = Mixture(dim, components, rank, top).to(x.device)
         start(new, *few, prior)
