@@ -212,26 +212,26 @@ class Pyramid(nn.Module):
         return f + self.readouts[-1](F.silu(self.hidden(y.flatten(1))))
 
 
-def walk(f, x, y, eps, eta, steps, box, watch=lambda y, grad: None, stretch=lambda v: v):
-    """Langevin steps in +-box, stretched as by MainPlan.stretched, after watch(y, grad log pi_f(y|x)) each.  A step's
-    noise is the mean of its own and the last (Leimkuhler & Matthews 2013): exact for Gaussians, else 1/7 too wide."""
+def walk(f, x, y, eps, eta, steps, box, watch=lambda y, grad: None):
+    """Langevin steps in +-box, after watch(y, grad log pi_f(y|x)) each.  A step's noise is the mean of its own and the
+    last (Leimkuhler & Matthews 2013): exact for Gaussians, else 1/7 too wide."""
     noise = torch.randn_like(y)
     for _ in range(steps):
         _, grad = common.log_p_and_grad(f, x, y, eps)
         watch(y, grad)
         old, noise = noise, torch.randn_like(y)
-        y = (y + stretch(eta / 2 * stretch(grad) + math.sqrt(eta) * (old + noise) / 2)).clamp(-box, box)
+        y = (y + eta / 2 * grad + math.sqrt(eta) * (old + noise) / 2).clamp(-box, box)
     return y
 
 
-def translate(f, draw, x, n, eps, noise, eta, steps, box, part=256, last=1, stretch=lambda v: v):
+def translate(f, draw, x, n, eps, noise, eta, steps, box, part=256, last=1):
     """n translations of each x: (N, C, H, W) -> (N, n, C, H, W).  A walk from draw(x), then the mean of y0, y = y0 +
     noise N(0, I), y ~ pi_f(.|x), by Tweedie's formula: y + noise^2 grad_y log pi_f(y|x), averaged over the `last` y."""
     done, last_print = [], time.perf_counter()
     for some in x.repeat_interleave(n, 0).split(part):
         clean = collections.deque(maxlen=last)
         watch = lambda y, grad: clean.append(y + noise ** 2 * grad)
-        y = walk(f, some, draw(some), eps, eta, steps, box, watch, stretch)
+        y = walk(f, some, draw(some), eps, eta, steps, box, watch)
         watch(y, common.log_p_and_grad(f, some, y, eps)[1])
         done.append(torch.stack([*clean]).mean(0).clamp(-1, 1))
         if time.perf_counter() - last_print > 30:

@@ -2,7 +2,7 @@
 
     pi_f(y|x) = exp((f(y) - |x-y|^2/2) / eps) / Z(x)        sampled by Langevin
     ascend      E_Q f(y) - E_P E_{pi_f(.|x)} f(y)           Algorithm 1 of Mokrov et al., ICLR 2024
-    f = base + net: Gaussians, whose plan is known in closed form, and a network
+    f = base + net: Gaussians, whose plan is known in closed form, and a network; chains start from a mixture's plan
 
     python train_images.py DIR                     DIR holds trainA, trainB (and testA, testB): CycleGAN's layout
     python train_images.py A B                     two folders; a tenth of each is held out
@@ -16,19 +16,20 @@ Writes beside itself (or under --out) images_A_to_B_32_eps0.1_seed0_HASH.pt, whi
 (.png), the scores during the training (_curves.png), _pairs.pt = {"x": (N,C,S,S), "y": (N,M,C,S,S)}: held-out sources
 and M translations of each, _real.pt: held-out targets, for eval_fid.py, and NEW_translated/NAME.png.
 
-The base leaves ghosts of the source behind; the net learns what targets look like, at every resolution.  As with the
-digits, targets get noise of deviation NOISE, and decay of the weights keeps f smooth.  A step moves one in GROUPS of
-the chains, drawn anew: the same ones would swing together, and f with them.  A chain starts from a draw of the base's
-plan and ends after LIFE rounds of GROUPS steps, one in GROUPS after twice as many, for the sake of longer walks.  Steps
-are longer where the base's plan is wide: else chains never arrive there, f drives them on, and longer walks overshoot.
+A chain starts from an exact draw of a mixture's plan in the base's main directions (ascent.py, seconds): kinds of
+targets are shared out there, which Langevin steps would not do.  What it leaves, blends of targets and ghosts of the
+source, the net learns at every resolution.  As with the digits, targets get noise of deviation NOISE, and decay of the
+weights keeps f smooth.  A step moves one in GROUPS of the chains, drawn anew: the same ones would swing together, and f
+with them.  A chain ends after LIFE rounds of GROUPS steps, one in GROUPS after twice as many, for longer walks' sake.
 
 Weights are scored on images held out for this alone: see images.translation_scores.  So few images tell a run-off,
 but not which of two good scores is better: of the weights whose score the noise cannot tell from the best, the last are
 kept, as the rate was lowest there.  A training that runs off goes back to those kept at half the rate: there always is
-a plan, if only the base's.  The last line scores the test sources' translations; `control base` those of the base
+a plan, if only the base's.  The last line scores the test sources' translations; `control mixture` draws of the start
 alone, `control retrieval` training targets paired with the sources by discrete OT: a score that these reach too is no
 evidence.  `longer` is one translation of each by LONGER times as many steps: f is right as far as that is as good.
 """
+import contextlib
 import hashlib
 import math
 import os
@@ -38,9 +39,10 @@ import torch
 from PIL import Image, ImageColor, ImageDraw
 from scipy.optimize import linear_sum_assignment
 
+import ascent
 import common
 import images
-from mixture import MainPlan
+from mixture import MainPlan, load
 from run import Run, WORLD, arguments, constants_of, fail, make_folder, number
 
 args = arguments(
@@ -68,7 +70,7 @@ N_LANGEVIN = 5           # Langevin steps of a chain per training step
 GROUPS, LIFE, YOUNG = 3, 16, 4  # chains over BATCH; rounds of so many steps till a chain ends, till f learns from it
 WALK, LAST, LONGER = 50, 10, 4  # Langevin steps of a translation; of them averaged; times as many
 NOISE = min(0.16, 0.5 * math.sqrt(EPS))  # added to targets
-ETA, BOX, STRETCH = NOISE ** 2 / 2, 3.0, 2.0  # Langevin step; pixels stay in +-BOX; most stretch of steps (4 runs off)
+ETA, BOX = NOISE ** 2 / 2, 3.0  # Langevin step; pixels stay in +-BOX
 AT_WALL, WIDEST_GAP = 0.05, 3000.0  # share of clipped pixels, mean of 100 gaps that count as divergence
 RANK, PRIOR = 128, 0.02  # directions whose covariance the base knows; the share of its diagonal in it
 SCALE = EPS / NOISE ** 2  # of the net
@@ -132,8 +134,21 @@ def spread_order(points):
 
 # no variance EPS S is below ETA/2, or Langevin steps would run away
 base = MainPlan(x, y, EPS, RANK, (0.01 ** 2, NOISE ** 2), (ETA / (2 * EPS), None), PRIOR).requires_grad_(False)
-stretch = lambda v: base.stretched(v, STRETCH)
 x, y = (s[spread_order(base.parts(s)[0][:, -8:])] for s in (x, y))
+
+
+def fitted():
+    """The mixture's plan along the base's main directions."""
+    if args.resume:
+        with contextlib.suppress(Exception):  # of many kinds: Run says below why it cannot be carried on
+            return load(f"{name}.pt").to(device)
+    p, q = (base.parts(s)[0] for s in (x, y))
+    say = lambda plan, what, left: print(f"{len(plan.r)} components: {what}")
+    return ascent.fit(p, q + NOISE * torch.randn_like(q), EPS, say=say)
+
+
+clusters = fitted()
+start, draw = (lambda y: base(y, clusters)), (lambda x: base.draw(x, clusters))  # f of its plan, and y
 some = x[::max(1, len(x) // SCORED)]  # whose translations are scored
 
 
@@ -145,14 +160,14 @@ def potential(net):
 def newborn(first, n):
     """Sources and first y of n chains, numbered from `first` on; consecutive ones have sources far apart."""
     rows = (0.6180339887 * torch.arange(first, first + n, dtype=torch.float64, device=device) % 1 * len(x)).long()
-    return x[rows], base.draw(x[rows])
+    return x[rows], draw(x[rows])
 
 
 def translated(f, x, n, longer=1):
-    """n translations of each x, by longer times WALK steps; the same ones at each call."""
+    """n translations of each x, by longer times WALK steps (0: draws of the start); the same ones at each call."""
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
-        return images.translate(f, base.draw, x, n, EPS, NOISE, ETA, longer * WALK, BOX, last=LAST, stretch=stretch)
+        return images.translate(f, draw, x, n, EPS, NOISE, ETA, longer * WALK, BOX, last=LAST)
 
 
 def score(z, seen=y):
@@ -189,7 +204,7 @@ bank = common.Bank(*newborn(0, GROUPS * BATCH), gap=zero, rate=zero + 1, noise=z
 print(f"{len(x)} sources, {len(y)} targets and {len(valid)} to choose by, {len(test_x)} and {len(test_real)} to test, "
       f"{CHANNELS} x {SIDE} x {SIDE}")
 
-parts = {"base": base, "net": net, "net_avg": net_avg, "best": best, "opt": opt, "bank": bank}
+parts = {"base": base, "plans": torch.nn.ModuleList([clusters]), "net": net, "net_avg": net_avg, "best": best, "opt": opt, "bank": bank}
 run = Run(args, f"{name}.pt", parts, STEPS, LOG_EVERY, CONSTANTS)
 if not args.resume:
     bank.scores[0], bank.noise = score(translated(base, some, 1)[:, 0]), noise_of_total()
@@ -202,7 +217,7 @@ for step in run:
     x_now, y_now = bank.x[rows], bank.y[rows]
     if group != turn // LIFE % GROUPS:  # else spared
         x_now[-born:], y_now[-born:] = newborn(GROUPS * BATCH + step * born, born)
-    y_now = images.walk(f, x_now, y_now, EPS, ETA, N_LANGEVIN, BOX, stretch=stretch)
+    y_now = images.walk(f, x_now, y_now, EPS, ETA, N_LANGEVIN, BOX)
     bank.x[rows], bank.y[rows] = x_now, y_now
     y_pos = y[common.stratified_rows(len(y), BATCH, device)]
     gap = common.train_step(f, opt, y_pos + NOISE * torch.randn_like(y_pos), y_now[:BATCH - YOUNG * born])
@@ -249,14 +264,14 @@ images.save_pairs(f"{name}_pairs.pt", test_x, z)
 images.save_pairs(f"{name}_real.pt", test_x, test_real[:, None])
 pool = y[common.stratified_rows(len(y), len(test_x), device)]
 rows, columns = linear_sum_assignment(torch.cdist(test_x.flatten(1), pool.flatten(1)).square().cpu().numpy())
-report("control base", test_x, translated(base, test_x, 1))
+report("control mixture", test_x, translated(start, test_x, 1, 0))
 report("control retrieval", test_x[rows], pool[columns][:, None])
 report("longer", test_x, translated(f, test_x, 1, LONGER))
 if args.translate:
     new = (new.mean(1, keepdim=True) if CHANNELS == 1 else new).to(device)
     images.write_folder(new_folder, new_names, translated(f, new, args.copies or 1))
 
-four, columns = translated(f, shown, 4), {"source": shown, "base": translated(base, shown, 1)[:, 0]}
+four, columns = translated(f, shown, 4), {"source": shown, "mixture": translated(start, shown, 1, 0)[:, 0]}
 columns |= {f"at {100 * part:.0f} %": early for part, early in zip(EARLY, bank.early)}
 nearest = y[torch.cdist(four[:, 0].flatten(1), y.flatten(1)).argmin(1)]
 columns |= {"four translations": four.flatten(0, 1), "nearest\nto the first": nearest, "real": test_real[:len(shown)]}

@@ -150,25 +150,6 @@ def test_main_plan_is_the_plan_between_gaussians_in_pixel_space_with_noise():
     assert torch.allclose(T @ S0 @ T + eps * T, S1, atol=1e-8)
 
 
-def test_stretched_steps_take_wide_directions_faster_to_the_same_plan():
-    """A step along V leaves 1 - eta m / (2 eps S) of what y is away from the mean, m = S / S_o from 1 to 4."""
-    eps, eta, steps = 0.1, 0.01, 3
-    base, *_ = gaussians(12, eps)
-    stretch, x = lambda v: base.stretched(v, 4.0), torch.randn(1, 3, 2, 2)
-    m = (base.S / base.S_o).clamp(1, 4)
-    assert m.min() == 1 and m.max() == 4 and ((m > 1) & (m < 4)).any()
-    v = torch.randn(5, 3, 2, 2)
-    assert torch.allclose(base.parts(stretch(stretch(v)) + base.mean.view(3, 2, 2))[0], v.flatten(1) @ base.V * m,
-                          atol=1e-4)
-    at_x = x.expand(20000, -1, -1, -1)
-    start = base.map(x) + 0.5 * base.V.sum(1).view(3, 2, 2)
-    y = images.walk(base, at_x, start.expand_as(at_x), eps, eta, steps, 99.0, stretch=stretch)
-    away = (y - base.map(x)).flatten(1).mean(0) @ base.V
-    assert torch.allclose(away, 0.5 * (1 - eta * m / (2 * eps * base.S)) ** steps, atol=0.02)
-    y = images.walk(base, at_x, base.draw(at_x), eps, eta, 10, 99.0, stretch=stretch)
-    assert (((y.flatten(1) @ base.V).var(0) / (eps * base.S)).log().abs() < 0.04).all()
-
-
 def test_main_plan_f_is_the_log_density_of_its_draws():
     """exp((f(y) - |x-y|^2/2)/eps) is proportional to the density that draw follows: at 40 points, for two x."""
     eps = 0.1
@@ -180,6 +161,26 @@ def test_main_plan_f_is_the_log_density_of_its_draws():
         away = y.flatten(1).double() - (m1 + (x.flatten(1).double() - m0) @ T)
         exact = -((away @ torch.linalg.inv(T)) * away).sum(1) / (2 * eps)
         assert (log_p - exact - (log_p - exact).mean()).abs().max() < 0.02
+
+
+def test_main_plan_along_a_mixture_s_plan():
+    """f(y, along) too is the log density of its draws: the mixture's along V times the Gaussian's outside."""
+    eps, unit = 0.1, 1.7
+    base = gaussians(5, eps)[0]
+    two = Mixture(5, 2, 0, eps / unit ** 2)
+    two.d.copy_(0.3 + torch.rand(2, 5))
+    two.r.copy_(torch.randn(2, 5))
+    along = Plan(two, torch.randn(5).double(), torch.randn(5).double(), unit)
+    for x in torch.randn(2, 1, 3, 2, 2):
+        y = base.draw(x.expand(40, -1, -1, -1), along)
+        log_p = (base(y, along) - (y - x).square().flatten(1).sum(1) / 2).double() / eps
+        (p_x, o_x), (p, o) = base.parts(x[None]), base.parts(y)
+        away = (o - base.r_o - base.S_o * o_x).square().sum(1).double() / (2 * eps * base.S_o)
+        exact = along.log_density(p_x.expand(40, -1), p) - away
+        assert (log_p - exact - (log_p - exact).mean()).abs().max() < 0.01
+        assert away.mean().item() == pytest.approx(3.5, abs=1)  # half of 7 directions
+    many = base.parts(base.draw(x.expand(20000, -1, -1, -1), along))[0]
+    assert torch.allclose(many.mean(0).double(), along.mean(p_x)[0], atol=0.02)
 
 
 def test_main_plan_outside_its_directions_is_isotropic_and_keeps_the_mean():

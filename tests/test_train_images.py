@@ -93,7 +93,7 @@ def test_smoke_writes_what_it_says(whole):
     scores = images.translation_scores(pairs["x"], pairs["y"], real["y"][:, 0], whole.values["y"])
     for key, value in scores.items():
         assert final(whole.output)[key] == pytest.approx(value, rel=1e-3), key
-    assert all(f"\n{what} energy" in whole.output for what in ("control base", "control retrieval", "longer"))
+    assert all(f"\n{what} energy" in whole.output for what in ("control mixture", "control retrieval", "longer"))
 
 
 def test_a_finished_run_translates_as_it_did(whole, tmp_path):
