@@ -62,7 +62,7 @@ if args.copies and not args.translate:
 
 # ---------------------------------------------------------------------------------------------- constants
 EPS, SEED, SIDE = args.eps, args.seed, args.side
-STEPS = {32: 1000, 64: 900, 128: 800}[SIDE]  # AdamW steps, at most
+STEPS = {32: 900, 64: 900, 128: 800}[SIDE]  # AdamW steps, at most
 WIDTHS = {32: (12, 36, 72, 144), 64: (8, 24, 48, 96, 144), 128: (8, 16, 32, 64, 128, 160)}[SIDE]  # channels
 HIDDEN = 256             # units after the last
 BATCH = 64               # chains moved per step, and targets per step
@@ -73,6 +73,7 @@ NOISE = min(0.16, 0.5 * math.sqrt(EPS))  # added to targets
 ETA, BOX = NOISE ** 2 / 2, 3.0  # Langevin step; pixels stay in +-BOX
 AT_WALL, WIDEST_GAP = 0.05, 3000.0  # share of clipped pixels, mean of 100 gaps that count as divergence
 RANK, PRIOR = 128, 0.02  # directions whose covariance the base knows; the share of its diagonal in it
+FITTED = 6000            # images of a set, at most, that the mixture is fitted to: half a minute
 SCALE = EPS / NOISE ** 2  # of the net
 LR, WARMUP = {32: 3e-3, 64: 1.6e-3, 128: 1e-3}[SIDE], 50  # of AdamW; rises in WARMUP steps, then falls to 0 by a cosine
 BETAS, DECAY = (0.0, 0.9), 0.8  # one bad gradient slows ten steps (0.99: hundreds); decay of weights, per LR and step
@@ -142,7 +143,7 @@ def fitted():
     if args.resume:
         with contextlib.suppress(Exception):  # of many kinds: Run says below why it cannot be carried on
             return load(f"{name}.pt").to(device)
-    p, q = (base.parts(s)[0] for s in (x, y))
+    p, q = (base.parts(s[::-(-len(s) // FITTED)])[0] for s in (x, y))
     say = lambda plan, what, left: print(f"{len(plan.r)} components: {what}")
     return ascent.fit(p, q + NOISE * torch.randn_like(q), EPS, say=say)
 
@@ -204,7 +205,8 @@ bank = common.Bank(*newborn(0, GROUPS * BATCH), gap=zero, rate=zero + 1, noise=z
 print(f"{len(x)} sources, {len(y)} targets and {len(valid)} to choose by, {len(test_x)} and {len(test_real)} to test, "
       f"{CHANNELS} x {SIDE} x {SIDE}")
 
-parts = {"base": base, "plans": torch.nn.ModuleList([clusters]), "net": net, "net_avg": net_avg, "best": best, "opt": opt, "bank": bank}
+plans = torch.nn.ModuleList([clusters])  # as mixture.load finds them
+parts = dict(base=base, plans=plans, net=net, net_avg=net_avg, best=best, opt=opt, bank=bank)
 run = Run(args, f"{name}.pt", parts, STEPS, LOG_EVERY, CONSTANTS)
 if not args.resume:
     bank.scores[0], bank.noise = score(translated(base, some, 1)[:, 0]), noise_of_total()
