@@ -271,8 +271,8 @@ def gain_of(new, old, x, y):
 
 @torch.no_grad()
 def anneal(x, y, near, epses, say=lambda plan, what, left: None, sizes=SIZES, steps=STEPS):
-    """For each of epses, from the largest, yields a mixture, where rows suffice for one, the Gaussian plan, and whether
-    mixtures are clearly better at the mean cost, where fewer rows can tell than at a small eps.
+    """For each of epses, from the largest, yields a mixture (of too few rows the Gaussian plan), the Gaussian plan, and
+    whether mixtures are clearly better at the mean cost: there fewer rows can tell than at a small eps.
 
     near = (x, y), rows that choose only.  The number of components is chosen at the mean cost, where a fit is cheap: as
     many as near gains from, beyond two standard errors.  The mixture found is then carried down from stage to stage:
@@ -316,5 +316,5 @@ def fit(x, y, eps=None, share=0.1, say=lambda plan, what, left: None):
     own = [((z - z.mean(0)) / unit).float()[torch.randperm(len(z))] for z in (x, y)]
     near, rest = zip(*((z[:len(z) // 10], z[len(z) // 10:]) for z in own))
     (found, of_one, _), = anneal(*rest, near, [eps], say)
-    better = found if gain_of(found, of_one, *near)[0] > 0 else of_one
+    better = found if len(found.r) > 1 and gain_of(found, of_one, *near)[0] > 0 else of_one
     return Plan(better, x.mean(0), y.mean(0), unit)

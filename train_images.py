@@ -16,11 +16,11 @@ Writes beside itself (or under --out) images_A_to_B_32_eps0.1_seed0_HASH.pt, whi
 (.png), the scores during the training (_curves.png), _pairs.pt = {"x": (N,C,S,S), "y": (N,M,C,S,S)}: held-out sources
 and M translations of each, _real.pt: held-out targets, for eval_fid.py, and NEW_translated/NAME.png.
 
-A chain starts from an exact draw of a mixture's plan in the base's main directions (ascent.py, seconds): kinds of
-targets are shared out there, which Langevin steps would not do.  What it leaves, blends of targets and ghosts of the
-source, the net learns at every resolution.  As with the digits, targets get noise of deviation NOISE, and decay of the
-weights keeps f smooth.  A step moves one in GROUPS of the chains, drawn anew: the same ones would swing together, and f
-with them.  A chain ends after LIFE rounds of GROUPS steps, one in GROUPS after twice as many, for longer walks' sake.
+A chain starts from an exact draw of a mixture's plan in the base's main directions (ascent.py, half a minute): kinds of
+targets are shared out there, which Langevin steps would not do.  The net learns, at every resolution, to undo what that
+leaves: blends of targets, ghosts of the source.  As with the digits, targets get noise of deviation NOISE, and decay of
+the weights keeps f smooth.  A step moves one in GROUPS of the chains, drawn anew: the same ones would swing together,
+and f with them.  A chain ends after LIFE rounds of GROUPS steps, one in GROUPS after twice as many: for longer walks.
 
 Weights are scored on images held out for this alone: see images.translation_scores.  So few images tell a run-off,
 but not which of two good scores is better: of the weights whose score the noise cannot tell from the best, the last are
@@ -65,21 +65,18 @@ EPS, SEED, SIDE = args.eps, args.seed, args.side
 STEPS = {32: 900, 64: 900, 128: 800}[SIDE]  # AdamW steps, at most
 WIDTHS = {32: (12, 36, 72, 144), 64: (8, 24, 48, 96, 144), 128: (8, 16, 32, 64, 128, 160)}[SIDE]  # channels
 HIDDEN = 256             # units after the last
-BATCH = 64               # chains moved per step, and targets per step
-N_LANGEVIN = 5           # Langevin steps of a chain per training step
+BATCH, N_LANGEVIN = 64, 5  # chains moved per step, and targets; Langevin steps of each
 GROUPS, LIFE, YOUNG = 3, 16, 4  # chains over BATCH; rounds of so many steps till a chain ends, till f learns from it
 WALK, LAST, LONGER = 50, 10, 4  # Langevin steps of a translation; of them averaged; times as many
 NOISE = min(0.16, 0.5 * math.sqrt(EPS))  # added to targets
-ETA, BOX = NOISE ** 2 / 2, 3.0  # Langevin step; pixels stay in +-BOX
+ETA, BOX, SCALE = NOISE ** 2 / 2, 3.0, EPS / NOISE ** 2  # Langevin step; pixels stay in +-BOX; of the net
 AT_WALL, WIDEST_GAP = 0.05, 3000.0  # share of clipped pixels, mean of 100 gaps that count as divergence
 RANK, PRIOR = 128, 0.02  # directions whose covariance the base knows; the share of its diagonal in it
 FITTED = 6000            # images of a set, at most, that the mixture is fitted to: half a minute
-SCALE = EPS / NOISE ** 2  # of the net
 LR, WARMUP = {32: 3e-3, 64: 1.6e-3, 128: 1e-3}[SIDE], 50  # of AdamW; rises in WARMUP steps, then falls to 0 by a cosine
 BETAS, DECAY = (0.0, 0.9), 0.8  # one bad gradient slows ten steps (0.99: hundreds); decay of weights, per LR and step
 AVERAGED = 4             # weights are a mean over about the last of so many parts of the steps: f swings as it learns
-SCORES, SCORED = 9, 100  # times that the weights are scored, on so many translations
-VALIDATION = 20          # every 20th target is held out for that
+SCORES, SCORED, VALIDATION = 9, 100, 20  # times that weights are scored, on so many translations, by every 20th target
 DOUBT, DRAWS = 3.0, 20   # deviations of noise that scores differ by at least (the best of 9 has luck); draws of it
 TRIES, COLLAPSED = 4, 0.7  # of a training that runs off, each at half the rate; least spread over real images' unwarned
 TRANSLATIONS, SHOWN, EARLY = 2, 8, (0.1, 0.3)  # of each test image; rows of the figure; parts of STEPS also shown
@@ -124,38 +121,26 @@ name = os.path.join(args.out, f"images_{title}_{SIDE}_eps{EPS:g}_seed{SEED}_{IMA
 
 # ---------------------------------------------------------------------------------------------- base, chains, scores
 
-def spread_order(points):
-    """Row numbers of points (n, D), halved at the median of each coordinate in turn: one row from each of BATCH
-    stretches then makes a batch that is like the data, not by chance."""
-    if not points.shape[1]:
-        return torch.arange(len(points), device=points.device)
-    halves = points[:, 0].argsort(stable=True).tensor_split(2)
-    return torch.cat([half[spread_order(points[half, 1:])] for half in halves])
-
-
 # no variance EPS S is below ETA/2, or Langevin steps would run away
 base = MainPlan(x, y, EPS, RANK, (0.01 ** 2, NOISE ** 2), (ETA / (2 * EPS), None), PRIOR).requires_grad_(False)
-x, y = (s[spread_order(base.parts(s)[0][:, -8:])] for s in (x, y))
+x, y = (common.kd_order(base.parts(s)[0][:, -8:], s, 8) for s in (x, y))
 
 
 def fitted():
-    """The mixture's plan along the base's main directions."""
-    if args.resume:
-        with contextlib.suppress(Exception):  # of many kinds: Run says below why it cannot be carried on
-            return load(f"{name}.pt").to(device)
-    p, q = (base.parts(s[::-(-len(s) // FITTED)])[0] for s in (x, y))
-    say = lambda plan, what, left: print(f"{len(plan.r)} components: {what}")
+    """A mixture's plan along the base's main directions, or one Gaussian's, where images are few or that is better."""
+    with contextlib.suppress(Exception):  # of many kinds: Run says below why a run cannot be carried on
+        if args.resume and (plan := load(f"{name}.pt").to(device)).center_x.shape == base.r.shape:
+            return plan
+    most = BATCH if args.resume else FITTED
+    p, q = (base.parts(s[::-(-len(s) // most)])[0] for s in (x, y))
+    say = lambda plan, what, left: print(f"{len(plan.r)} components tried: {what}")
     return ascent.fit(p, q + NOISE * torch.randn_like(q), EPS, say=say)
 
 
 clusters = fitted()
-start, draw = (lambda y: base(y, clusters)), (lambda x: base.draw(x, clusters))  # f of its plan, and y
+start, draw = (lambda y: base(y, clusters)), (lambda x: base.draw(x, clusters))  # f of that start, and draws of it
+potential = lambda net: lambda y: base(y) + SCALE * net(y).squeeze(1)  # f: (B, C, H, W) -> (B,)
 some = x[::max(1, len(x) // SCORED)]  # whose translations are scored
-
-
-def potential(net):
-    """f = base + SCALE net: (B, C, H, W) -> (B,)."""
-    return lambda y: base(y) + SCALE * net(y).squeeze(1)
 
 
 def newborn(first, n):
@@ -197,8 +182,7 @@ def noise_of_total():
 net, net_avg, best = (images.Pyramid(SIDE, CHANNELS, WIDTHS, HIDDEN).to(device) for _ in range(3))
 for other in (net_avg, best):
     other.requires_grad_(False).load_state_dict(net.state_dict())
-f = potential(net)
-opt = torch.optim.AdamW(net.parameters(), lr=LR, betas=BETAS, weight_decay=DECAY, fused=True)
+f, opt = potential(net), torch.optim.AdamW(net.parameters(), lr=LR, betas=BETAS, weight_decay=DECAY, fused=True)
 zero, shown = torch.zeros((), device=device), test_x[::math.ceil(len(test_x) / SHOWN)]
 bank = common.Bank(*newborn(0, GROUPS * BATCH), gap=zero, rate=zero + 1, noise=zero, early=torch.stack([shown] * 2),
                    ended=zero, best_step=zero, scores=zero.new_full((STEPS // SCORE_EVERY + 2, len(CURVES)), math.inf))
@@ -246,9 +230,8 @@ for step in run:
             bank.best_step.fill_(step)
     if step in (marks := [round(part * STEPS) for part in EARLY]):
         bank.early[marks.index(step)] = translated(potential(net_avg), shown, 1)[:, 0]
-    if due and bank.ended:
-        run.steps = min(step + 1, STEPS)  # the last one is logged, and saved
     if due:
+        run.steps = min(step + 1, STEPS) if bank.ended else run.steps  # the last one is logged, and saved
         run.log({}, gap=bank.gap, at_wall=at_wall, cost=common.quadratic_cost(bank.x, bank.y).mean(),
                 square=bank.y.square().mean(), real_square=y.square().mean() + NOISE ** 2,
                 max_param=common.max_param(net), **dict(zip(CURVES, bank.scores[step // SCORE_EVERY])))

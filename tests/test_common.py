@@ -282,8 +282,11 @@ def test_stratified_rows_are_uniform_and_quieter():
     assert ordered[:2048, 0].max() <= ordered[2048:, 0].min() and ordered[:1024, 1].max() <= ordered[1024:2048, 1].min()
     quiet = torch.stack([ordered[common.stratified_rows(4096, 256)].mean(0) for _ in range(400)]).var(0)
     assert (quiet < 0.1 / 256).all()  # independent draws: 1/256
-    with pytest.raises(ValueError):
-        common.kd_order(points[:1000])
+    points = torch.rand(1001, 2)
+    ordered = common.kd_order(points, torch.arange(1001), levels=2)  # of any number; rows that belong to them
+    assert torch.equal(ordered.sort().values, torch.arange(1001))
+    for cell in points[ordered].tensor_split([251, 501, 751]):  # the quarters of the square
+        assert (cell.amax(0) - cell.amin(0)).max() < 0.6
 
 
 def test_every_function_runs_where_tensors_hold_no_numbers():

@@ -92,7 +92,7 @@ def random_mixture(dim, components, rank, eps):
 
 
 @pytest.mark.parametrize("rank", [0, 2, 4])
-def test_low_rank_plus_diagonal_against_dense_matrices(rank):
+def test_low_rank_plus_diagonal_against_dense_matrices(rank, monkeypatch):
     torch.manual_seed(0)
     plan, x, y = random_mixture(4, 3, rank, 0.7), torch.randn(9, 4), torch.randn(9, 4)
     S = plan.R @ (torch.diag_embed(plan.d) + plan.U @ plan.U.mT) @ plan.R.T
@@ -109,6 +109,12 @@ def test_low_rank_plus_diagonal_against_dense_matrices(rank):
     sampled = alone.sample(x[:1].expand(200_000, 4))
     assert torch.allclose(sampled.mean(0), means[0, 1], atol=0.02)
     assert torch.allclose(torch.cov(sampled.T), 0.7 * S[1], atol=0.03 * S[1].max())
+    draws = []
+    for gathered in (2 ** 22, -1):  # each x with its own S_k, or one component after the other
+        monkeypatch.setattr(mixture, "GATHERED", gathered)
+        torch.manual_seed(0)
+        draws.append(plan.sample(x))
+    assert torch.allclose(*draws, atol=1e-5)
 
 
 def test_the_gradient_at_once_is_that_of_autograd():
@@ -301,9 +307,10 @@ def test_the_objective_never_falls_over_a_stage_and_masses_agree(monkeypatch):
 def test_mixtures_are_clearly_better_of_clusters_not_of_gaussians():
     torch.manual_seed(0)
     x, y = torch.randn(2000, 3), torch.randn(2000, 3) * torch.tensor([0.5, 1.0, 2.0])
-    for sets, clear in (((x, y), False), (cell_like(2000, dim=3), True)):
-        near, rest = zip(*((z[:200], z[200:]) for z in sets))
-        assert [more for _, _, more in anneal(*rest, near, [1.0, 0.5], sizes=(5,))] == [clear] * 2
+    for sets, clear, tried in (((x, y), False, {5}), (cell_like(1000, dim=3), True, {5, 16})):
+        near, rest, seen = *zip(*((z[:-800], z[-800:]) for z in sets)), set()
+        assert [more for *_, more in anneal(*rest, near, [1.0, 0.5], lambda p, *_: seen.add(len(p.r)))] == [clear] * 2
+        assert seen == tried  # 800 rows carry 16 components
 
 
 @pytest.mark.parametrize("climb", [lambda *rows: ascent.ascend(*rows, 0.0, 100), ascent.settle])

@@ -7,7 +7,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import conftest
 import images
@@ -43,14 +43,6 @@ def test_no_direction_is_too_narrow_for_the_step(whole):
 
 
 # ------------------------------------------------------------------------------------------------ the chains
-
-def test_spread_order_puts_one_of_each_region_into_a_batch(whole):
-    points = torch.rand(1000, 2)
-    ordered = points[whole.values["spread_order"](points)]
-    assert torch.equal(ordered.sort(0).values, points.sort(0).values)
-    for cell in ordered.tensor_split(4):  # the quarters of the square
-        assert (cell.amax(0) - cell.amin(0)).max() < 0.6
-
 
 def test_at_its_turn_one_chain_in_groups_lives_on_and_the_young_teach_nothing():
     steps = 150
@@ -160,6 +152,29 @@ def test_squares_become_discs_in_their_place_and_colour(tmp_path, whole):
         assert (new_centre - centre).norm(dim=1).mean() < 0.7  # pixels; of unrelated shapes 8
         assert (new_colour - colour).abs().mean() < 0.2  # of unrelated shapes 0.5
         assert 0.75 < (new_area / area).mean() < 0.95  # of a disc in a square pi/4
+
+
+def test_kinds_are_shared_out_by_a_mixture_which_a_resumed_run_keeps(tmp_path):
+    """Squares anywhere become discs in the nearest of four corners, from the first draw on; a Gaussian would blend."""
+    rng = np.random.default_rng(0)
+    for k, (part, n) in enumerate((("trainA", 400), ("trainB", 400), ("testA", 20), ("testB", 3))):
+        os.makedirs(tmp_path / "kinds" / part)
+        for j in range(n):
+            left, top = (2 + 16 * (j % 2), 2 + 16 * (j // 2 % 2)) if k % 2 else rng.integers(0, 21, 2)
+            picture = Image.new("RGB", (32, 32), "white")
+            draw = getattr(ImageDraw.Draw(picture), "ellipse" if k % 2 else "rectangle")
+            draw([left, top, left + 11, top + 11], tuple(rng.integers(0, 99, 3)))
+            picture.save(tmp_path / "kinds" / part / f"{j:03d}.png")
+    script = edited(tmp_path, STEPS=2, WIDTHS=(4, 4, 4, 4), HIDDEN=4, BATCH=16, SCORES=1, SCORED=20, RANK=64)
+    options = script, "--device", "cpu", "--out", tmp_path, tmp_path / "kinds"
+    _, v = here(*options)
+    assert len(v["clusters"].mixture.r) > 1
+    x = v["test_x"]
+    at, drawn, blend = (looks(y.clamp(-1, 1))[0] - 15.5 for y in (x, v["draw"](x), v["base"].draw(x)))
+    assert (drawn.abs() - 8).abs().max() < 0.5 and (blend.abs() - 8).abs().max() > 2  # pixels from a corner's disc
+    assert (drawn.sign() == at.sign()).float().mean() > 0.8
+    _, again = here(*options, "--resume")
+    assert torch.equal(again["z"], v["z"]) and torch.equal(again["clusters"].mixture.r, v["clusters"].mixture.r)
 
 
 def test_bad_folders_are_one_sentence(tmp_path):

@@ -1,4 +1,5 @@
 """train_points.py: its parts against closed forms, its command line, a plan whatever happens, answers of every kind."""
+import copy
 import math
 import os
 
@@ -71,6 +72,17 @@ def test_the_objective_s_estimate_against_quadrature():
     assert torch.allclose(found.double(), exact, atol=0.03) and effective > 8000
     nothing, effective = log_z_ratio(plan, lambda y: 0 * y[:, 0], x[:, None], 8, 3, 0.1)
     assert nothing.abs().max() < 1e-6 and effective.item() == pytest.approx(8)
+
+
+def test_a_small_gain_is_kept_where_mixtures_are_clearly_better(monkeypatch):
+    ship, one = part("ship"), part("bases")[0]
+    found = copy.deepcopy(one)
+    for kept, clear, gain, error in (1, True, 1, 0.9), (0, False, 1, 0.9), (1, False, 1, 0.4), (0, True, -1, 9):
+        monkeypatch.setitem(ship.__globals__, "gain_of", lambda *_: (gain, error))
+        assert ship(found, one, clear) is (found if kept else one)
+    found.r += 9  # far from the target
+    monkeypatch.setitem(ship.__globals__, "gain_of", lambda *_: (9, 1))
+    assert ship(found, one, True) is one
 
 
 def test_the_net_s_lead_over_the_mixture():
