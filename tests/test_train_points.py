@@ -85,10 +85,11 @@ def test_a_small_gain_is_kept_where_mixtures_are_clearly_better(monkeypatch):
     assert ship(found, one, True) is one
 
 
-def test_the_net_s_lead_over_the_mixture():
+def test_the_net_s_lead_over_the_mixture(monkeypatch):
     torch.manual_seed(0)
-    values = whole(SMOKE)[2]
-    base, mixture, lead, rows = (values[name] for name in ("base", "mixture", "net_lead", "GAIN_X"))
+    values, rows = whole(SMOKE)[2], 64  # sources; of the smoke run's 8 errors are not known well enough
+    base, mixture, lead = (values[name] for name in ("base", "mixture", "net_lead"))
+    monkeypatch.setitem(lead.__wrapped__.__globals__, "GAIN_X", rows)
     none, error, _ = lead(lambda y: 0 * y[:, 0])  # one Gaussian lacks just what the mixture gains over it
     gain, of_gain = values["gain_of"](mixture, base, values["x_near"][:rows], values["y_near"])
     assert none.item() == pytest.approx(-gain, abs=1e-5) and error.item() == pytest.approx(of_gain, rel=1e-4)
