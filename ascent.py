@@ -279,7 +279,7 @@ def anneal(x, y, near, epses, say=lambda plan, what, left: None, sizes=SIZES, st
     started at a small eps, it would end in a poor optimum."""
     dim, n, (x, y), few = x.shape[1], min(len(x), len(y)), (x[:MANY], y[:MANY]), (x[:FEW], y[:FEW])
     prior, top = dim / n, max((x.var(0).sum() + y.var(0).sum()).item() / 2, max(epses))
-    best, found, clear = gaussian_plan(x, y, top), None, False
+    best, found = gaussian_plan(x, y, top), None
     most = int(n / max(ROWS_PER_COMPONENT, ROWS_PER_COLUMN * dim))  # that the rows carry: tried in place of more
     for components in sorted({min(size, most) for size in sizes if most >= sizes[0]}):
         rank = min(dim, min(n, FEW) // (components * ROWS_PER_RANK))
@@ -291,7 +291,7 @@ def anneal(x, y, near, epses, say=lambda plan, what, left: None, sizes=SIZES, st
         found = new if found is None or gain > 2 * error else found  # where P alone has parts, this eps shows none
         if not gain > 2 * error:
             break
-        best, clear = new, True
+        best = new
     for eps in sorted(epses, reverse=True):
         if found is not None:
             stages = max(1, math.ceil(math.log(found.eps / eps) / math.log(COOLING) - 1e-6))
@@ -303,7 +303,7 @@ def anneal(x, y, near, epses, say=lambda plan, what, left: None, sizes=SIZES, st
                     settle(found, x, y, near)
                 say(found, "done" if last else "cooling", 0 if last else left - 2 + steps[2] / steps[1])
         of_one = gaussian_plan(x, y, eps)
-        yield copy.deepcopy(found or of_one), of_one, clear
+        yield copy.deepcopy(found or of_one), of_one, len(best.r) > 1
 
 
 def fit(x, y, eps=None, share=0.1, say=lambda plan, what, left: None):

@@ -131,7 +131,7 @@ def fitted():
     with contextlib.suppress(Exception):  # of many kinds: Run says below why a run cannot be carried on
         if args.resume and (plan := load(f"{name}.pt").to(device)).center_x.shape == base.r.shape:
             return plan
-    most = BATCH if args.resume else FITTED
+    most = BATCH if args.resume else FITTED  # few, at once, where Run will refuse
     p, q = (base.parts(s[::-(-len(s) // most)])[0] for s in (x, y))
     say = lambda plan, what, left: print(f"{len(plan.r)} components tried: {what}")
     return ascent.fit(p, q + NOISE * torch.randn_like(q), EPS, say=say)
@@ -189,8 +189,7 @@ bank = common.Bank(*newborn(0, GROUPS * BATCH), gap=zero, rate=zero + 1, noise=z
 print(f"{len(x)} sources, {len(y)} targets and {len(valid)} to choose by, {len(test_x)} and {len(test_real)} to test, "
       f"{CHANNELS} x {SIDE} x {SIDE}")
 
-plans = torch.nn.ModuleList([clusters])  # as mixture.load finds them
-parts = dict(base=base, plans=plans, net=net, net_avg=net_avg, best=best, opt=opt, bank=bank)
+parts = dict(base=base, plans=torch.nn.ModuleList([clusters]), net=net, net_avg=net_avg, best=best, opt=opt, bank=bank)
 run = Run(args, f"{name}.pt", parts, STEPS, LOG_EVERY, CONSTANTS)
 if not args.resume:
     bank.scores[0], bank.noise = score(translated(base, some, 1)[:, 0]), noise_of_total()
@@ -230,8 +229,9 @@ for step in run:
             bank.best_step.fill_(step)
     if step in (marks := [round(part * STEPS) for part in EARLY]):
         bank.early[marks.index(step)] = translated(potential(net_avg), shown, 1)[:, 0]
+    if due and bank.ended:
+        run.steps = min(step + 1, STEPS)  # the last one is logged, and saved
     if due:
-        run.steps = min(step + 1, STEPS) if bank.ended else run.steps  # the last one is logged, and saved
         run.log({}, gap=bank.gap, at_wall=at_wall, cost=common.quadratic_cost(bank.x, bank.y).mean(),
                 square=bank.y.square().mean(), real_square=y.square().mean() + NOISE ** 2,
                 max_param=common.max_param(net), **dict(zip(CURVES, bank.scores[step // SCORE_EVERY])))
