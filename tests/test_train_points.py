@@ -277,6 +277,13 @@ def test_a_network_that_diverges_leaves_the_mixture_s_plan(tmp_path, monkeypatch
     assert np.array_equal(np.load(values["outputs"][-1]), at_once)
 
 
+def test_a_resumed_run_of_more_rows_than_a_fit_sees_has_the_same_base(tmp_path, monkeypatch):
+    monkeypatch.setattr("ascent.MANY", 500)
+    options = "train_points.py", "--smoke", "--device", "cpu", "--out", tmp_path
+    fresh, again = (here(*options, *more)[1]["bases"][0].kept() for more in ((), ("--resume",)))
+    assert all(torch.equal(fresh[name], again[name]) for name in fresh)
+
+
 def test_several_eps_and_times_and_the_mean_map(tmp_path):
     torch.manual_seed(0)
     x, y = cell_like(600, dim=3)
