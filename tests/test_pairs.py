@@ -31,8 +31,7 @@ def test_known_plans_are_plans(pairs, components, eps):
     torch.manual_seed(0)
     known = pairs["Known"](2, eps, components)
     x, y = known.source(4), known.target(6)
-    given = known.given(x)
-    w, m = given.mixture_distribution.probs, given.component_distribution.loc
+    w, m = known.given(x)
     d = y[None, :, None] - m[:, None]  # (x, y, k, D)
     inverse = torch.linalg.inv(known.C)
     log_p = torch.logsumexp(w.log()[:, None] - torch.einsum("xykd,kde,xyke->xyk", d, inverse, d) / 2
@@ -46,7 +45,7 @@ def test_exact_answers_have_the_floor_and_wrong_ones_do_not(pairs):
     torch.manual_seed(0)
     known = pairs["Known"](3, 0.5, 5)
     x = known.source(20)
-    exact = known.given(x).sample((500,)).transpose(0, 1)
+    exact = known.draw(x, 500)
     right, wrong = known.scores(x, exact), known.scores(x, exact + 1)
     assert right["cond_uvp"] == pytest.approx(right["cond_floor"], rel=0.3)
     assert wrong["cond_uvp"] == pytest.approx(100 * 3 / known.target(20_000).var(0).sum().item(), rel=0.15)
@@ -56,7 +55,7 @@ def test_answers_in_one_dimension_are_scored(pairs):
     torch.manual_seed(0)
     known = pairs["Known"](1, 0.5, 1)
     x = known.source(20)
-    off = known.given(x).sample((500,)).transpose(0, 1) + 1
+    off = known.draw(x, 500) + 1
     assert known.scores(x, off)["cond_uvp"] == pytest.approx(100 / known.target(20_000).var(0).sum().item(), rel=0.15)
 
 
