@@ -1,7 +1,7 @@
 """The check before a long run: every script's --smoke, stopped half-way, and its --resume; a step without the device.
 
     python -m pytest -q test_smoke.py        or        python test_smoke.py
-    python test_smoke.py --gpu               how well four scripts use the GPU (without one: the CPU), in minutes
+    python test_smoke.py --gpu               how well three scripts use the GPU (without one: the CPU), in minutes
 
 No network, no data, under 40 seconds on two CPU cores.  tests/ holds all other tests, a file for each room."""
 import gc

@@ -8,26 +8,26 @@
     python train_images.py A B                     two folders; a tenth of each is held out
     python train_images.py A B --side 64           pixels: 32 (7 minutes of one core), 64 (17) or 128 (an hour, 5 GiB)
     python train_images.py A B --eps 0.3           temperature of the plan: more varied, further from the source
+    python train_images.py A B --steps 3600        four times as long: less grain where images are of many kinds
     python train_images.py A B --resume --translate NEW    a finished run: translates every file of NEW
     python train_images.py --smoke                 the same path in seconds, on made-up images
 
-Any format that PIL reads; the central square of each image is averaged down to the side.  Grey if all images are.
-Writes beside itself (or under --out) images_A_to_B_32_eps0.1_seed0_HASH.pt, which --resume carries on from, a figure
-(.png), the scores during the training (_curves.png), _pairs.pt = {"x": (N,C,S,S), "y": (N,M,C,S,S)}: held-out sources
-and M translations of each, _real.pt: held-out targets, for eval_fid.py, and NEW_translated/NAME.png.
+Any format that PIL reads; central squares are averaged down to the side, and grey if all images are.  Writes beside
+itself (or under --out) images_A_to_B_32_eps0.1_seed0_HASH.pt, which --resume carries on from, a figure (.png), scores
+during the training (_curves.png), for eval_fid.py _pairs.pt = {"x": (N,C,S,S), "y": (N,M,C,S,S)}, held-out sources and
+M translations of each, and _real.pt, held-out targets, and NEW_translated/NAME.png.
 
 A chain starts from an exact draw of a mixture's plan in the base's main directions (ascent.py, half a minute): kinds of
 targets are shared out there, which Langevin steps would not do.  The net learns, at every resolution, to undo what that
-leaves: blends of targets, ghosts of the source.  As with the digits, targets get noise of deviation NOISE, and decay of
-the weights keeps f smooth.  A step moves one in GROUPS of the chains, drawn anew: the same ones would swing together,
-and f with them.  A chain ends after LIFE rounds of GROUPS steps, one in GROUPS after twice as many: for longer walks.
+leaves: blends of targets, ghosts of the source.  A step moves one in GROUPS of the chains, drawn anew: the same ones
+would swing together, and f with them.  Chains end after LIFE rounds of GROUPS steps, one in GROUPS after twice as many.
 
-Weights are scored on images held out for this alone: see images.translation_scores.  So few images tell a run-off,
-but not which of two good scores is better: of the weights whose score the noise cannot tell from the best, the last are
-kept, as the rate was lowest there.  A training that runs off goes back to those kept at half the rate: there always is
-a plan, if only the base's.  The last line scores the test sources' translations; `control mixture` draws of the start
-alone, `control retrieval` training targets paired with the sources by discrete OT: a score that these reach too is no
-evidence.  `longer` is one translation of each by LONGER times as many steps: f is right as far as that is as good.
+Weights are scored on images held out for this alone: see images.translation_scores.  So few tell a run-off, not which
+of two good scores is better: of weights whose scores noise cannot tell from the best the last are kept.  A training
+that runs off goes back to these at half the rate: there always is a plan, if only the base's.  The last line scores the
+test sources' translations; `control mixture` draws of the start alone, `control retrieval` training targets paired with
+the sources by discrete OT: a score that these reach too is no evidence.  `longer` is one translation of each by LONGER
+times as many steps: f is right as far as that is as good.
 """
 import contextlib
 import hashlib
@@ -49,6 +49,7 @@ args = arguments(
     __doc__, __file__, eps=0.1, folders=dict(nargs="*", metavar="DIR or A B", help="folders of images"),
     side=dict(type=int, choices=(32, 64, 128), default=32, help="pixels (default 32)"),
     background=dict(type=ImageColor.getrgb, default=(255,) * 3, help="under transparent images (default white)"),
+    steps=dict(type=number(100, 10 ** 6, int), help="of the training (default 900; at 128 pixels 800)"),
     swap=dict(action="store_true", help="from B to A"),
     translate=dict(metavar="NEW", help="also translate this folder of images, into NEW_translated"),
     copies=dict(type=number(1, 100, int), help="translations of each image of NEW (default 1)"))
@@ -62,13 +63,13 @@ if args.copies and not args.translate:
 
 # ---------------------------------------------------------------------------------------------- constants
 EPS, SEED, SIDE = args.eps, args.seed, args.side
-STEPS = {32: 900, 64: 900, 128: 800}[SIDE]  # AdamW steps, at most
+STEPS = args.steps or {32: 900, 64: 900, 128: 800}[SIDE]  # of AdamW, at most
 WIDTHS = {32: (12, 36, 72, 144), 64: (8, 24, 48, 96, 144), 128: (8, 16, 32, 64, 128, 160)}[SIDE]  # channels
 HIDDEN = 256             # units after the last
 BATCH, N_LANGEVIN = 64, 5  # chains moved per step, and targets; Langevin steps of each
 GROUPS, LIFE, YOUNG = 3, 16, 4  # chains over BATCH; rounds of so many steps till a chain ends, till f learns from it
 WALK, LAST, LONGER = 50, 10, 4  # Langevin steps of a translation; of them averaged; times as many
-NOISE = min(0.16, 0.5 * math.sqrt(EPS))  # added to targets
+NOISE = min(0.16, 0.5 * math.sqrt(EPS))  # deviation of what is added to targets, as with the digits
 ETA, BOX, SCALE = NOISE ** 2 / 2, 3.0, EPS / NOISE ** 2  # Langevin step; pixels stay in +-BOX; of the net
 AT_WALL, WIDEST_GAP = 0.05, 3000.0  # share of clipped pixels, mean of 100 gaps that count as divergence
 RANK, PRIOR = 128, 0.02  # directions whose covariance the base knows; the share of its diagonal in it
@@ -133,8 +134,7 @@ def fitted():
             return plan
     most = BATCH if args.resume else FITTED  # few, at once, where Run will refuse
     p, q = (base.parts(s[::-(-len(s) // most)])[0] for s in (x, y))
-    say = lambda plan, what, left: print(f"{len(plan.r)} components tried: {what}")
-    return ascent.fit(p, q + NOISE * torch.randn_like(q), EPS, say=say)
+    return ascent.fit(p, q + NOISE * torch.randn_like(q), EPS, say=lambda m, how, _: print(len(m.r), "components", how))
 
 
 clusters = fitted()
