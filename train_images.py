@@ -82,8 +82,8 @@ DOUBT, DRAWS = 3.0, 20   # deviations of noise that scores differ by at least (t
 TRIES, COLLAPSED = 4, 0.7  # of a training that runs off, each at half the rate; least spread over real images' unwarned
 TRANSLATIONS, SHOWN, EARLY = 2, 8, (0.1, 0.3)  # of each test image; rows of the figure; parts of STEPS also shown
 if args.smoke:
-    STEPS, BATCH, N_LANGEVIN, GROUPS, LIFE, YOUNG, WALK, RANK, WIDTHS, HIDDEN = 12, 8, 2, 2, 4, 1, 4, 8, (4, 4, 8, 8), 8
-    SCORES, SCORED, SHOWN = 3, 4, 3
+    BATCH, N_LANGEVIN, GROUPS, LIFE, YOUNG, WALK, RANK, WIDTHS, HIDDEN = 8, 2, 2, 4, 1, 4, 8, (4, 4, 8, 8), 8
+    STEPS, SCORES, SCORED, SHOWN = args.steps or 12, 3, 4, 3
 CURVES = "energy", "detail", "nearest", "sharp", "spread"  # in the log and drawn
 LOG_EVERY, SCORE_EVERY = max(1, STEPS // 60), max(1, STEPS // SCORES)
 
