@@ -120,7 +120,7 @@ def read_pair(paths, side, background="white"):
         sets = [s[torch.arange(len(s)) % 10 > 0] for s in sets] + [s[::10] for s in sets]
     for folder, some, seen, held_out in zip(folders, names, sets, sets[2:]):
         if len(some) > most:
-            print(f"{folder}: of {len(some)} images {len(seen)} are used, spread evenly: memory holds no more")
+            print(f"{folder}: one in {-(-len(some) // most)} of {len(some)} images is used: memory holds no more")
         if len(seen) < 10 or len(held_out) < 2:
             fail(f"{folder} leaves {len(seen)} images to train with and {len(held_out)} to test: put more there")
         if len(seen) < FEW:
@@ -156,8 +156,8 @@ def write_folder(path, names, y):
 
 def save_pairs(path, x, y):
     """Write {"x": (N, ...), "y": (N, M, ...)}; a full disk must not cost the run its last line."""
-    if problem := write_aside(path, lambda file: torch.save({"x": x.cpu(), "y": y.cpu()}, file)):
-        print(f"warning: {problem}; then --resume writes it again")
+    problem = write_aside(path, lambda file: torch.save({"x": x.cpu(), "y": y.cpu()}, file))
+    print(f"warning: {problem}; then --resume writes it again" if problem else f"wrote {path}")
 
 
 def tiled(images, columns):

@@ -140,7 +140,7 @@ def fitted():
 clusters = fitted()
 start, draw = (lambda y: base(y, clusters)), (lambda x: base.draw(x, clusters))  # f of that start, and draws of it
 potential = lambda net: lambda y: base(y) + SCALE * net(y).squeeze(1)  # f: (B, C, H, W) -> (B,)
-some = x[::max(1, len(x) // SCORED)]  # whose translations are scored
+some = x[::math.ceil(len(x) / SCORED)]  # whose translations are scored
 
 
 def newborn(first, n):
@@ -207,7 +207,7 @@ for step in run:
     y_pos = y[common.stratified_rows(len(y), BATCH, device)]
     gap = common.train_step(f, opt, y_pos + NOISE * torch.randn_like(y_pos), y_now[:BATCH - YOUNG * born])
     bank.gap += 0.01 * (gap - bank.gap)
-    common.update_ema(net_avg, net, 1.0, step, AVERAGED)
+    common.update_ema(net_avg, net, step, AVERAGED)
     due, at_wall = run.due() or step == 2, (y_now.abs() == BOX).float().mean()  # 2: the time left shows at once
     ran_off = due and not (bank.gap.abs() < WIDEST_GAP and at_wall < AT_WALL)  # nan too
     if ran_off:
@@ -265,6 +265,6 @@ images.save_panels(f"{name}.png", f"{os.path.basename(name)}, {run.step} steps, 
 done = bank.scores[:, 0].isfinite().cpu()
 steps = (torch.arange(len(done)) * SCORE_EVERY).clamp(max=run.step)
 images.save_curves(f"{name}_curves.png", steps[done], dict(zip(CURVES, bank.scores.cpu()[done].T)))
-print(f"wrote {name}.pt, .png, _curves.png, _pairs.pt, _real.pt")
+print(f"wrote {name}.pt")
 report(f"final eps {EPS:g} steps {run.step} best_step {bank.best_step.item():.0f} train_s {run.seconds:.1f} "
        f"total_s {time.perf_counter() - start_time:.1f}", test_x, z)

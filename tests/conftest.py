@@ -19,6 +19,7 @@ if HERE not in sys.path:
     sys.path.insert(0, HERE)
 
 import run as run_room
+import stylegan2
 
 KEPT = tempfile.TemporaryDirectory(prefix="smoke_runs_")  # removed as the process ends
 
@@ -209,3 +210,20 @@ class NoUploads(torch.overrides.TorchFunctionMode):
             source = args[-1] if name == "copy_" else args[0]
             assert isinstance(source, torch.Tensor) and source.device == out.device, f"copied in a step: {source}"
         return out
+
+
+def random_generator(z_dim=512, w_dim=512, resolution=512, channel_base=32768, channel_max=512, num_layers=8,
+                     img_channels=3, conv_clamp=256, seed=0):
+    """A generator as StyleGAN2 initialises it, on the CPU: for tests and smoke runs, where no file is at hand."""
+    generator = torch.Generator().manual_seed(seed)
+    widths = [min(channel_base // (4 << i), channel_max) for i in range(resolution.bit_length() - 2)]
+    G = stylegan2.Generator(z_dim, w_dim, widths, num_layers, img_channels)
+    for name, t in G.state_dict().items():
+        if name.endswith(("weight", "const")):
+            t.normal_(0, 100 if name.startswith("mapping") else 1, generator=generator)
+        else:
+            t.fill_(1 if name.endswith("affine.bias") else 0)
+    for module in G.modules():
+        if hasattr(module, "clamp"):
+            module.clamp = conv_clamp
+    return G

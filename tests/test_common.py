@@ -247,7 +247,7 @@ def test_a_one_dimensional_problem_is_learned_to_its_known_plan():
         rows, y_pos = bank.rows(512), target[common.stratified_rows(len(target), 512)]
         bank.y[rows], _, _ = common.langevin(f, bank.x[rows], bank.y[rows], eps, 0.3, 2)
         common.train_step(f, opt, y_pos, bank.y[rows])
-        common.update_ema(f_avg, f, 0.98, step)
+        common.update_ema(f_avg, f, step, decay=0.98)
     x, grid = torch.tensor([[-1.5], [0.0], [1.5]]), torch.linspace(-4, 5, 2001)[:, None]
     p = ((f_avg(grid) - (x - grid.T).square() / 2) / eps).softmax(1).detach()
     mean = (p @ grid).squeeze(1)
@@ -260,11 +260,11 @@ def test_update_ema_is_the_exponential_mean_and_the_rate_a_warm_cosine():
     a, b = common.MLP(1, 2, 1), common.MLP(1, 2, 1)
     start, new = (next(m.parameters()).detach().clone() for m in (a, b))
     for _ in range(5):
-        common.update_ema(a, b, 0.9, 10_000)
+        common.update_ema(a, b, 10_000, decay=0.9)
     assert torch.allclose(next(a.parameters()), 0.9 ** 5 * start + (1 - 0.9 ** 5) * new, atol=1e-6)
     for step in range(1, 41):  # of the t-th of n nets 4 (t+1) (t+2) (t+3) / ((n+1) (n+2) (n+3) (n+4))
         torch.nn.init.constant_(next(b.parameters()), step)
-        common.update_ema(a, b, 1.0, step, 4)
+        common.update_ema(a, b, step, 4)
     weights = [4 * math.prod(range(t + 1, t + 4)) / math.prod(range(41, 45)) for t in range(1, 41)]
     assert next(a.parameters()).mean().item() == pytest.approx(sum(w * t for t, w in enumerate(weights, 1)), abs=1e-3)
     assert common.max_param(a, b) == max(p.abs().max() for net in (a, b) for p in net.parameters())
@@ -297,7 +297,7 @@ def test_every_function_runs_where_tensors_hold_no_numbers():
     f, other, resnet = (m.to("meta") for m in (common.MLP(2, 8, 2), common.MLP(2, 8, 2), common.ResNet(32, 3, 4, 1)))
     x, y, eta, opt = numbers(16, 2), numbers(16, 2), numbers(), torch.optim.Adam(f.parameters())
     f.init_first_layer_at(y, 3.0)
-    common.update_ema(other, f, 0.99, 5)
+    common.update_ema(other, f, 5)
     results = [f(y), resnet(numbers(4, 3, 32, 32)), *unadjusted(f, x, y, 0.1, 0.01, 2),
                *common.langevin(f, x, y, 0.1, eta, 2, precond=numbers(2, 2)), common.train_step(f, opt, y, x),
                common.max_param(f), common.stratified_rows(16, 4, "meta"), common.kd_order(x),

@@ -185,7 +185,7 @@ def test_pairs_of_folders(tmp_path, capsys, monkeypatch):
     refused(capsys, ["no folders trainA and trainB"], images.read_pair, [tmp_path / "A"], 4)
     monkeypatch.setattr(images, "MEMORY", 12 * 4 ** 2 * 15)  # 15 images
     assert [len(p) for p in images.read_pair([tmp_path / "d"], 4)] == [12, 15, 2, 3]
-    assert "of 30 images 15 are used" in capsys.readouterr().out
+    assert "one in 2 of 30 images is used" in capsys.readouterr().out
     monkeypatch.undo()
     fill(tmp_path / "C", 9)
     refused(capsys, ["C leaves 8 images"], images.read_pair, [tmp_path / "C", tmp_path / "A"], 4)

@@ -37,7 +37,7 @@ for step in run:
     bank.y[rows], _, accepted = common.langevin(f, bank.x[rows], bank.y[rows], 0.1, bank.eta, 1)
     bank.eta *= torch.exp(0.03 * (accepted.mean() - 0.75))
     gap = common.train_step(f, opt, torch.randn(64, 2), bank.y[rows])
-    common.update_ema(f_avg, f, 0.9, step)
+    common.update_ema(f_avg, f, step, decay=0.9)
     if run.due():
         run.log({"gap": 1e3}, gap=gap, accept=accepted.mean())
 print(f"final steps {run.step}")
@@ -255,12 +255,16 @@ def test_divergence_is_said_and_the_good_checkpoint_kept(tmp_path, monkeypatch, 
     assert kept["step"] == 10 and all(v.isfinite().all() for v in kept["f"].values())
 
 
-def test_a_run_with_a_fallback_goes_on_after_divergence_and_saves_nothing(tmp_path, short):
+def test_a_run_with_a_fallback_goes_on_after_divergence_and_saves_nothing(tmp_path, short, monkeypatch):
     short.script.write_text(SHORT.replace("args.seed})", "args.seed}, fallback='the mixture is used')")
                             .replace("gap=gap,", "gap=gap if step < 20 else 1e9,"))
     output = short()
     assert "diverged: gap is 1e+09 at step 20: the mixture is used" in output and "final steps 20" in output
     assert steps_kept(tmp_path) == {}
+    short.script.write_text(short.script.read_text().replace("1e9", "1.0"))
+    agreed = room.agreed  # of another process
+    monkeypatch.setattr(room, "agreed", lambda *numbers: [1] if numbers == (False,) else agreed(*numbers))
+    assert "diverged: another process at step 10: the mixture is used" in short()
 
 
 # ------------------------------------------------------------------------------------------------ files in the way

@@ -8,17 +8,14 @@ import os
 import pickle
 import pickletools
 import random
-import resource
-import struct
 import sys
-import time
 import types
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from conftest import HERE
+from conftest import HERE, random_generator
 
 import stylegan2
 
@@ -97,7 +94,7 @@ def write_generator(path, G_ema, protocol=3):
 
 
 # for its shapes: its weights are written over
-GOLDEN_G = stylegan2.random_generator(16, 16, 32, channel_base=256, channel_max=16, num_layers=3)
+GOLDEN_G = random_generator(16, 16, 32, channel_base=256, channel_max=16, num_layers=3)
 SIZES = dict(z_dim=16, c_dim=0, w_dim=16, img_resolution=32, img_channels=3, num_ws=8)
 Z = torch.cos(0.3 * torch.arange(16, dtype=torch.float64) + torch.arange(2.0)[:, None])
 PIXELS = [(0, 0, 0, 0), (0, 0, 15, 16), (0, 1, 7, 19), (0, 2, 20, 27), (1, 0, 5, 23), (1, 1, 22, 6), (1, 2, 31, 31)]
@@ -155,10 +152,9 @@ def test_official_layout_gives_the_golden_numbers(tmp_path, official, protocol):
     assert not any(p.requires_grad for p in G.parameters())
     if protocol == 3:
         check_golden(G, small_clamp, 2e-6)
-        check_golden(G, small_clamp, 2e-3, fp16=True)  # the same route as on a GPU, 1e-3 = two units of its last place
         if torch.cuda.is_available():
             torch.backends.cudnn.allow_tf32 = False  # else convolutions are rounded to ten bits on Ampere and later
-            check_golden(G, small_clamp, 2e-5, "cuda", fp16=False)
+            check_golden(G, small_clamp, 2e-5, "cuda")
 
 
 @pytest.mark.skipif(not os.path.isdir(SHARED), reason="needs the official generator's numbers")
@@ -190,7 +186,7 @@ def test_every_number_of_the_official_generator():
 
 
 def test_gradient_is_that_of_the_image_in_float64():
-    G = stylegan2.random_generator(6, 5, 8, channel_base=32, channel_max=4, num_layers=2, conv_clamp=1.0, seed=1)
+    G = random_generator(6, 5, 8, channel_base=32, channel_max=4, num_layers=2, conv_clamp=1.0, seed=1)
     G.double()
     for name, t in tensors_of(G).items():
         G.state_dict()[name].copy_(t)
@@ -201,7 +197,7 @@ def test_gradient_is_that_of_the_image_in_float64():
 
 
 def test_stopping_early_gives_the_smaller_generator():
-    small = stylegan2.random_generator(16, 16, 8, channel_base=256, channel_max=16, num_layers=3)
+    small = random_generator(16, 16, 8, channel_base=256, channel_max=16, num_layers=3)
     small.load_state_dict({k: GOLDEN_G.state_dict()[k] for k in small.state_dict()})
     image = GOLDEN_G(Z.float(), resolution=8)
     assert image.shape == (2, 3, 8, 8) and torch.equal(image, small(Z.float()))
@@ -247,7 +243,7 @@ def test_a_class_conditional_generator_draws_the_chosen_class(tmp_path, official
 
 # ------------------------------------------------------------------------------------------------ files to refuse
 
-TINY = stylegan2.random_generator(4, 4, 8, channel_base=32, channel_max=4, num_layers=2)
+TINY = random_generator(4, 4, 8, channel_base=32, channel_max=4, num_layers=2)
 LAYOUT = dict(z_dim=4, c_dim=0, w_dim=4, img_resolution=8, img_channels=3, num_ws=4)
 
 
@@ -310,12 +306,11 @@ def test_poisoned_and_foreign_files_are_refused_by_one_sentence_and_nothing_is_r
         *[("'posix mkdir'", bias(blob[:a] + bomb + blob[b:])) for a, b in zip(cuts, cuts[1:])],
         (DAMAGED, bias(zipped.getvalue())),
         ("another size", bias(blob + b"1234")), ("another size", bias(blob[:-4])),
-        ("has no storage", bias("1" * 16)),
-        ("has no storage", bias(blob, 0, [4])),  # a list could be changed after it was looked at
-        ("beyond", bias(blob, 0, (5,))), ("beyond", bias(blob, 1)), ("beyond", bias(blob, 0, (2,), (10 ** 12,))),
-        ("beyond", bias(blob, 0, (2 ** 31, 2 ** 31), (0, 0))), ("impossible shape", bias(blob, -1)),
-        ("impossible shape", bias(blob, 3, (4,), (-1,))), ("impossible shape", bias(blob, 0, (0,))),
-        ("impossible shape", bias(blob, 0, (4.0,))),
+        (DAMAGED, bias("1" * 16)), (DAMAGED, bias(blob, 1)), (DAMAGED, bias(blob, -1)),  # beyond the storage
+        (DAMAGED, bias(blob, 0, (4,), (10 ** 12,))), (DAMAGED, bias(blob, 3, (4,), (-1,))),
+        (DAMAGED, bias(blob, 2 ** 63 - 1)), (DAMAGED, bias(blob, 0, (4,), (2 ** 62,))), (DAMAGED, bias(blob, 2 ** 64)),
+        ("another shape", bias(blob, 0, [4])), ("another shape", bias(blob, 0, (5,))),
+        ("another shape", bias(blob, 0, (2 ** 31, 2 ** 31), (0, 0))), ("another shape", bias(blob, 0, (0,))),
         ("share storages", lambda name, meta: meta["state"]["_parameters"].update(weight=shared)
          if "conv" in name and "affine" not in name else None),
         ("DoubleStorage", in_table("_parameters", "bias", torch.zeros(4, dtype=torch.float64))),
@@ -325,27 +320,26 @@ def test_poisoned_and_foreign_files_are_refused_by_one_sentence_and_nothing_is_r
         ("extra is unknown", in_table("_parameters", "extra", torch.zeros(1))),
         ("another shape", in_state("z_dim", 5, "")),
         (DAMAGED, in_table("_modules", "input", {}, "synthesis")),
-        ("sizes are impossible", in_state("_modules", {}, "mapping")),
+        ("it has no mapping", in_state("_modules", {}, "mapping")),
         ("another version", lambda name, meta: meta.update(version=7)),
         ("class_name", lambda name, meta: meta.update(class_name="Discriminator")),
         ("activation of mapping.fc1", in_state("activation", "relu")), ("bias_gain", in_state("bias_gain", 0.02)),
-        ("sizes are impossible", in_state("z_dim", 2 ** 62, "")), (DAMAGED, in_state("img_resolution", 16, "")),
+        (DAMAGED, in_state("z_dim", 2 ** 62, "")), (DAMAGED, in_state("img_resolution", 16, "")),
         ("architecture", in_state("architecture", "resnet", "synthesis.b4")),
         ("conv_clamp", in_state("conv_clamp", -1.0, "synthesis.b4.conv1")),
         (DAMAGED, lambda name, meta: meta["state"].pop("conv_clamp", 0)),
-        (DAMAGED, lambda name, meta: meta["state"].pop("w_dim", 0)),
-        ("keys that are no names", in_state("x", {1: 2}))]
+        (DAMAGED, lambda name, meta: meta["state"].pop("w_dim", 0))]
     good = open(write_generator(tmp_path / "good.pkl", official(state, **LAYOUT), 4), "rb").read()
     edited = []
     for k, (words, edit) in enumerate(edits):
         path_of_it = write_generator(tmp_path / "edited.pkl", official(state, edit, **LAYOUT), 2 + k % 3)
         edited.append((words, open(path_of_it, "rb").read()))
-    opcodes = [(DAMAGED, code) for code in (b"(" + path + b"iposix\nmkdir\n.", b"(NNo.", b"\x82\x01.", b"Pa\n.", b"]2.",
-                                            b"cdnnlib.util\nEasyDict\n)}\x92.", b"})R.", b"]]\x93.", b"N]a.")]
+    opcodes = [(DAMAGED, code) for code in (b"(NNo.", b"\x82\x01.", b"})R.", b"]]\x93.", b"N]a.", b"}}b.",
+                                            b"cdnnlib.util\nEasyDict\nN}X\x08\0\0\0__code__Ns\x86b.")]
+    opcodes += [("no G_ema", code) for code in (b"Pa\n.", b"]2.", b"cdnnlib.util\nEasyDict\n)}\x92.", b"NQ.", b"}.")]
     files = edited + opcodes + [
-        ("'posix mkdir'", b"cposix\nmkdir\n" + path + b"\x85R."), ("no G_ema", b"NQ."),
-        ("no G_ema", b"}}b."), ("no G_ema", b"cdnnlib.util\nEasyDict\nN}X\x08\0\0\0__code__Ns\x86b."),
-        ("no G_ema", b"}."), ("something follows", good + b"\n"),
+        ("'posix mkdir'", b"cposix\nmkdir\n" + path + b"\x85R."), ("'posix mkdir'", b"(" + path + b"iposix\nmkdir\n."),
+        ("something follows", good + b"\n"),
         *[(DAMAGED, good[:n]) for n in (0, 1, 1000, len(good) // 2, len(good) - 1)],
         # what users take for such a file
         ("zip archive", zipped.getvalue()), ("gunzip", gzip.compress(good)), ("web page", b"<!DOCTYPE html><html>"),
@@ -362,46 +356,6 @@ def test_poisoned_and_foreign_files_are_refused_by_one_sentence_and_nothing_is_r
     assert stylegan2.load_generator(str(tmp_path / "good.pkl")).num_ws == 4  # what they were all made from does load
     pickle.loads(bomb)
     assert trip.exists()  # and the poison was poison
-
-
-def text(value):
-    return b"X" + struct.pack("<I", len(value)) + value.encode()
-
-
-def deep_modules():
-    """A module that holds itself and 98 tensors, all with long names."""
-    storage = b"ctorch.storage\n_load_from_bytes\nB" + struct.pack("<I", len(BLOB)) + BLOB + b"\x85R"
-    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\0K\x01\x85K\x01\x85\x89}tRq\0"
-    own = text("_parameters") + b"}(" + b"".join(text(f"{k:099d}") + b"h\0" for k in range(98)) + b"u"
-    state = b"}(" + own + text("_buffers") + b"}" + text("_modules") + b"}q\1u"
-    meta = b"}(" + text("type") + text("class") + text("version") + b"K\6" + text("class_name") + text("Generator")
-    module = b"ctorch_utils.persistence\n_reconstruct_persistent_obj\n" + meta + text("state") + state + b"u\x85Rq\2"
-    return tensor + b"}" + text("G_ema") + module + b"sq\3h\1" + text("a" * 99) + b"h\2sh\3."
-
-
-def test_small_files_cannot_fill_the_memory_nor_the_day(tmp_path):
-    """Each would take gigabytes, hours or the stack of a reader that trusts it; the words name the guard that held."""
-    cuts = inner_pickles(BLOB)
-    junk = BLOB[:cuts[2]] + b"\x80\2}(" + text("little_endian") + b"\x88" + text("junk") + text("a" * 10 ** 6) + b"u."
-    junk += BLOB[cuts[3]:]
-    again = b"ctorch.storage\n_load_from_bytes\nq\0B" + struct.pack("<I", len(junk)) + junk
-    often, keys = "more than its size", "keys that are no names"
-    bombs = [
-        ("no G_ema", b"Nr\xff\xff\xff\x7f."),                                     # a memo of 2^31 entries
-        (DAMAGED, b"B\xff\xff\xff\xff."), ("no G_ema", b"\x95" + b"\xff" * 7 + b"\x7fN."),  # lengths beyond the file
-        (DAMAGED, b"\x8e" + b"\xff" * 7 + b"\x7f."),
-        (keys, b"}N" + b"\x85" * 100_000 + b"Ns."), (keys, b"}(N" + b"\x85" * 100_000 + b"Nu."),  # the hash recurses
-        ("no G_ema", b"(" * 50_000 + b"N" + b"t" * 50_000 + b"."),
-        (often, b"\x8f" * 130_000), (often, b"(" * 130_000),
-        (often, b"(c_codecs\nencode\nq\0" + text("a" * 10 ** 6) + text("latin1") + b"\x86q\1" + b"h\0h\1R" * 10_000),
-        (often, again + b"\x85q\1" + b"h\0h\1R" * 10_000),
-        (DAMAGED, b"ccollections\nOrderedDict\nq\0](" + b"NN\x86" * 100 + b"e\x85q\1" + b"h\0h\1R" * 10_000),
-        ("encodings.idna", b"cencodings.idna\nencode\n."),
-        ("too long names", deep_modules())]
-    start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert not refused(str(tmp_path / "bomb.pkl"), bombs)
-    assert time.process_time() - start < 20
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000  # KiB; of bytes on a Mac
 
 
 def test_any_byte_may_be_wrong(tmp_path, official):

@@ -23,11 +23,11 @@ def toy_globals():
 def test_not_diverging_is_said_and_the_good_checkpoint_kept(tmp_path, monkeypatch):
     update_ema, calls = common.update_ema, [0]
 
-    def poisoned(average, net, *a):
+    def poisoned(average, net, *a, **more):
         calls[0] += 1
         if calls[0] == 6:
             next(net.parameters()).data.fill_(float("nan"))
-        return update_ema(average, net, *a)
+        return update_ema(average, net, *a, **more)
 
     monkeypatch.setattr(common, "update_ema", poisoned)
     due = Run.due
@@ -124,7 +124,7 @@ def test_gaussian_to_gaussian_map_is_learned_to_its_known_affine_form(toy_global
             made = toy_globals["transport"](T, toy_globals["batch"](sources))[:, 0]
         toy_globals["descend"](opt_f, toy_globals["f_loss"](f, toy_globals["batch"](targets), made)[0])
         for average, net in zip(averages, (T, f)):
-            common.update_ema(average, net, 0.99, step)
+            common.update_ema(average, net, step, decay=0.99)
     x = torch.randn(2000, 2)
     with torch.no_grad():
         y = toy_globals["transport"](averages[0], x)[:, 0]
