@@ -20,6 +20,7 @@ SIZES = (5, 20, 40, 60, 100, 200, 400)  # components
 PRIOR = 0.3              # rows for each column that hold an S_k to the Gaussian plan within the parts
 COOLING = 10 ** 0.5      # at most, from stage to stage: eps falls from the mean cost down
 STEPS = 60, 50, 200      # of Adam: to choose the number of components, of a stage, at the eps asked for
+FULL_COLUMNS = 16        # of S_k of full rank: of more, a stage takes as many times the steps, or it lags behind eps
 BATCH, WORK = 2048, 2 ** 27  # least rows of a step; most rows times parameters, where an eighth of all rows is more
 RATE = 0.03              # moves of a parameter in a step, in its own scale, falling to 0
 FINE = 1000              # numbers in a U_k: of more, where rows are many, each moves less, or their noise adds up
@@ -294,14 +295,15 @@ def anneal(x, y, near, epses, say=lambda plan, what, left: None, sizes=SIZES, st
         best = new
     for eps in sorted(epses, reverse=True):
         if found is not None:
-            stages = max(1, math.ceil(math.log(found.eps / eps) / math.log(COOLING) - 1e-6))
-            for left in range(stages, 0, -1):
+            full, stages = found.U.shape[2] == dim, math.log(found.eps / eps) / math.log(COOLING) - 1e-6
+            stage = steps[1] * (max(1, dim // FULL_COLUMNS) if full else 1)
+            for left in range(max(1, math.ceil(stages)), 0, -1):
                 cool(found, found.eps * (eps / found.eps) ** (1 / left), *few, prior)
                 last = left == 1
-                ascend(found, x, y, near, prior, steps[2] if last else steps[1])
-                if last and found.U.shape[2] == dim:
+                ascend(found, x, y, near, prior, steps[2] if last else stage)
+                if last and full:
                     settle(found, x, y, near)
-                say(found, "done" if last else "cooling", 0 if last else left - 2 + steps[2] / steps[1])
+                say(found, "done" if last else "cooling", 0 if last else left - 2 + steps[2] / stage)
         of_one = gaussian_plan(x, y, eps)
         yield copy.deepcopy(found or of_one), of_one, len(best.r) > 1
 
