@@ -214,7 +214,7 @@ class NoUploads(torch.overrides.TorchFunctionMode):
 
 def random_generator(z_dim=512, w_dim=512, resolution=512, channel_base=32768, channel_max=512, num_layers=8,
                      img_channels=3, conv_clamp=256, seed=0):
-    """A generator as StyleGAN2 initialises it, on the CPU: for tests and smoke runs, where no file is at hand."""
+    """A generator as StyleGAN2 initialises it, on the CPU: for tests, where no file is at hand."""
     generator = torch.Generator().manual_seed(seed)
     widths = [min(channel_base // (4 << i), channel_max) for i in range(resolution.bit_length() - 2)]
     G = stylegan2.Generator(z_dim, w_dim, widths, num_layers, img_channels)

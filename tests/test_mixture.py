@@ -110,7 +110,7 @@ def test_low_rank_plus_diagonal_against_dense_matrices(rank, monkeypatch):
     assert torch.allclose(sampled.mean(0), means[0, 1], atol=0.02)
     assert torch.allclose(torch.cov(sampled.T), 0.7 * S[1], atol=0.03 * S[1].max())
     draws = []
-    for gathered in (2 ** 22, -1):  # each x with its own S_k, or one component after the other
+    for gathered in (2 ** 22, -1):  # all x at once, or one after the other
         monkeypatch.setattr(mixture, "GATHERED", gathered)
         torch.manual_seed(0)
         draws.append(plan.sample(x))

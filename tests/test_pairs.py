@@ -67,7 +67,8 @@ def test_another_discrete_plan_of_independent_parts_scores_about_one(pairs, law)
     x, y = known.source(5), known.target(1)
     assert torch.allclose(known.of_each(y).square().sum(), y.square().sum())  # one rotation
     a, b = torch.randn(200, dim // 2).double(), law(200).double()
-    weights = truth.conditional(known.of_each(x).flatten(0, 1), b, truth.solve(torch.cdist(a, b).square() / 2, 0.3)[1], 0.3)
+    _, g, _ = truth.solve(torch.cdist(a, b).square() / 2, 0.3)
+    weights = truth.conditional(known.of_each(x).flatten(0, 1), b, g, 0.3)
     of_each = b[torch.multinomial(weights, 400, replacement=True)].view(2, 5, 400, -1)
     answer = torch.cat([*of_each], 2) @ known.rotation.T
     assert 0.3 < known.scores(x, answer)["cond_ratio"] < 3

@@ -59,8 +59,10 @@ def test_references_belong_to_their_samples_and_damaged_ones_are_solved_again(tm
     path, = tmp_path.glob("reference_eps0.1_*.npz")
     assert capsys.readouterr().out.count("solving") == 1
     assert torch.equal(truth.kept_solution(x, y, 0.1, tmp_path), good) and "solving" not in capsys.readouterr().out
-    for damage in b"text", path.read_bytes()[:300], b"":
-        path.write_bytes(damage)
+    damages = ({"g": good.numpy() * np.nan}, {"g": good.numpy()[1:]}, {"g": good.numpy().astype("U9")},
+               {"other": good.numpy()}, b"text", path.read_bytes()[:300], b"")
+    for damage in damages:
+        path.write_bytes(damage) if isinstance(damage, bytes) else np.savez(path, **damage)
         assert torch.equal(truth.kept_solution(x, y, 0.1, tmp_path), good)
         assert capsys.readouterr().out.count("solving") == 1 and np.array_equal(np.load(path)["g"], good)
     truth.kept_solution(*samples(40, shift=3.0), 0.1, tmp_path)  # other samples, another temperature
