@@ -16,7 +16,7 @@ from mixture import Mixture, Plan, gaussian_map, log_sum, noise_shares
 
 ROWS_PER_RANK = 15       # rows of a component's own that carry a column of its U
 ROWS_PER_COMPONENT, ROWS_PER_COLUMN = 50, 0.5  # at least so many for a component: of fewer its mean is noise
-SIZES = (5, 20, 40, 60, 100, 200, 400)  # components
+SIZES, STARTS = (5, 20, 40, 60, 100, 200, 400), 5  # components; starts, of which the best goes on: k-means has luck
 PRIOR = 0.3              # rows for each column that hold an S_k to the Gaussian plan within the parts
 COOLING = 10 ** 0.5      # at most, from stage to stage: eps falls from the mean cost down
 STEPS = 60, 50, 200      # of Adam: to choose the number of components, of a stage, at the eps asked for
@@ -96,9 +96,9 @@ class MeanLogSum(torch.autograd.Function):
 
 def k_means(y, k, steps=20):
     """Centres (k, D) of y (n, D): k-means++, then `steps` of Lloyd's."""
-    centres = y[torch.randint(len(y), (1,), device=y.device)]
+    centres, far = y[torch.randint(len(y), (1,), device=y.device)], y.new_full((len(y),), math.inf)
     while len(centres) < k:
-        far = torch.cdist(y, centres).amin(1).square() + 1e-30
+        far = torch.minimum(far, (y - centres[-1]).square().sum(1) + 1e-30)
         centres = torch.cat([centres, y[torch.multinomial(far, 1)]])
     for _ in range(steps):
         near = F.one_hot(torch.cdist(y, centres).argmin(1), k).to(y.dtype)
@@ -127,6 +127,7 @@ def start(plan, x, y, prior):
         plan.U[k] = factor
         plan.d[k] = ((vectors * values) @ vectors.T - factor @ factor.T).diagonal().clamp_min(0.05)
         plan.r[k] = (own.mean(0) if len(own) else z[k]) - plan.S_times(x_mean, k)
+    return plan
 
 
 @torch.no_grad()
@@ -284,8 +285,8 @@ def anneal(x, y, near, epses, say=lambda plan, what, left: None, sizes=SIZES, st
     most = int(n / max(ROWS_PER_COMPONENT, ROWS_PER_COLUMN * dim))  # that the rows carry: tried in place of more
     for components in sorted({min(size, most) for size in sizes if most >= sizes[0]}):
         rank = min(dim, min(n, FEW) // (components * ROWS_PER_RANK))
-        new = Mixture(dim, components, rank, top).to(x.device)
-        start(new, *few, prior)
+        starts = (start(Mixture(dim, components, rank, top).to(x.device), *few, prior) for _ in range(STARTS))
+        new = max(starts, key=lambda plan: plan.objective(*few))
         ascend(new, x, y, near, prior, steps[0])
         gain, error = gain_of(new, best, *near)
         say(new, f"{gain / error:.3g} standard errors above fewer", 0)
