@@ -184,16 +184,16 @@ for other in (net_avg, best):
     other.requires_grad_(False).load_state_dict(net.state_dict())
 f, opt = potential(net), torch.optim.AdamW(net.parameters(), lr=LR, betas=BETAS, weight_decay=DECAY, fused=True)
 zero, shown = torch.zeros((), device=device), test_x[::math.ceil(len(test_x) / SHOWN)]
-bank = common.Bank(*newborn(0, GROUPS * BATCH), gap=zero, rate=zero + 1, noise=zero, early=torch.stack([shown] * 2),
-                   ended=zero, best_step=zero, scores=zero.new_full((STEPS // SCORE_EVERY + 2, len(CURVES)), math.inf))
-print(f"{len(x)} sources, {len(y)} targets and {len(valid)} to choose by, {len(test_x)} and {len(test_real)} to test, "
-      f"{CHANNELS} x {SIDE} x {SIDE}")
+bank = common.Bank(*newborn(0, GROUPS * BATCH))
+state = common.State(gap=zero, rate=zero + 1, noise=zero, early=torch.stack([shown] * 2), ended=zero, best_step=zero,
+                     scores=zero.new_full((STEPS // SCORE_EVERY + 2, len(CURVES)), math.inf))
+print(*map(len, (x, y, valid, test_x, test_real)), "sources, targets, targets that choose, test sources, test targets")
 
-parts = dict(base=base, plans=torch.nn.ModuleList([clusters]), net=net, net_avg=net_avg, best=best, opt=opt, bank=bank)
-run = Run(args, f"{name}.pt", parts, STEPS, LOG_EVERY, CONSTANTS)
+parts = dict(base=base, plans=torch.nn.ModuleList([clusters]), net=net, net_avg=net_avg, best=best, opt=opt)
+run = Run(args, f"{name}.pt", {**parts, "bank": bank, "state": state}, STEPS, LOG_EVERY, CONSTANTS)
 if not args.resume:
-    bank.scores[0], bank.noise = score(translated(base, some, 1)[:, 0]), noise_of_total()
-run.steps, rate = run.step if bank.ended else STEPS, bank.rate.item()
+    state.scores[0], state.noise = score(translated(base, some, 1)[:, 0]), noise_of_total()
+run.steps, rate = run.step if state.ended else STEPS, state.rate.item()
 for step in run:
     opt.param_groups[0]["lr"] = rate * common.warm_cosine(LR, step, WARMUP, STEPS)
     (turn, group), born = divmod(step, GROUPS), BATCH // LIFE
@@ -206,35 +206,35 @@ for step in run:
     bank.x[rows], bank.y[rows] = x_now, y_now
     y_pos = y[common.stratified_rows(len(y), BATCH, device)]
     gap = common.train_step(f, opt, y_pos + NOISE * torch.randn_like(y_pos), y_now[:BATCH - YOUNG * born])
-    bank.gap += 0.01 * (gap - bank.gap)
+    state.gap += 0.01 * (gap - state.gap)
     common.update_ema(net_avg, net, step, AVERAGED)
     due, at_wall = run.due() or step == 2, (y_now.abs() == BOX).float().mean()  # 2: the time left shows at once
-    ran_off = due and not (bank.gap.abs() < WIDEST_GAP and at_wall < AT_WALL)  # nan too
+    ran_off = due and not (state.gap.abs() < WIDEST_GAP and at_wall < AT_WALL)  # nan too
     if ran_off:
-        bank.rate /= 2
-        rate = bank.rate.item()
-        print(f"warning: the training ran off at step {step}: back to the best weights, the rate times {bank.rate:g}")
+        state.rate /= 2
+        rate = state.rate.item()
+        print(f"warning: the training ran off at step {step}: back to the best weights, the rate times {state.rate:g}")
         for other in (net, net_avg):
             other.load_state_dict(best.state_dict())
         opt.state.clear()
         bank.x[:], bank.y[:] = newborn(step, len(bank.x))
-        bank.gap, at_wall = 0 * bank.rate, 0 * at_wall
-        bank.ended += bank.rate < 0.5 ** TRIES
+        state.gap, at_wall = 0 * state.rate, 0 * at_wall
+        state.ended += state.rate < 0.5 ** TRIES
     if step % SCORE_EVERY == 0 or step == STEPS:
         k = -(-step // SCORE_EVERY)
-        bank.scores[k] = score(translated(potential(net_avg), some, 1)[:, 0])
-        totals = total(bank.scores[:k + 1])
-        if totals[k] <= totals.min() + DOUBT * bank.noise and not ran_off:
+        state.scores[k] = score(translated(potential(net_avg), some, 1)[:, 0])
+        totals = total(state.scores[:k + 1])
+        if totals[k] <= totals.min() + DOUBT * state.noise and not ran_off:
             best.load_state_dict(net_avg.state_dict())
-            bank.best_step.fill_(step)
+            state.best_step.fill_(step)
     if step in (marks := [round(part * STEPS) for part in EARLY]):
-        bank.early[marks.index(step)] = translated(potential(net_avg), shown, 1)[:, 0]
-    if due and bank.ended:
+        state.early[marks.index(step)] = translated(potential(net_avg), shown, 1)[:, 0]
+    if due and state.ended:
         run.steps = min(step + 1, STEPS)  # the last one is logged, and saved
     if due:
-        run.log({}, gap=bank.gap, at_wall=at_wall, cost=common.quadratic_cost(bank.x, bank.y).mean(),
+        run.log({}, gap=state.gap, at_wall=at_wall, cost=common.quadratic_cost(bank.x, bank.y).mean(),
                 square=bank.y.square().mean(), real_square=y.square().mean() + NOISE ** 2,
-                max_param=common.max_param(net), **dict(zip(CURVES, bank.scores[step // SCORE_EVERY])))
+                max_param=common.max_param(net), **dict(zip(CURVES, state.scores[step // SCORE_EVERY])))
 
 # ---------------------------------------------------------------------------------------------- results
 
@@ -257,14 +257,14 @@ if args.translate:
     images.write_folder(new_folder, new_names, translated(f, new, args.copies or 1))
 
 four, columns = translated(f, shown, 4), {"source": shown, "mixture": translated(start, shown, 1, 0)[:, 0]}
-columns |= {f"at {100 * part:.0f} %": early for part, early in zip(EARLY, bank.early)}
+columns |= {f"at {100 * part:.0f} %": early for part, early in zip(EARLY, state.early)}
 nearest = y[torch.cdist(four[:, 0].flatten(1), y.flatten(1)).argmin(1)]
 columns |= {"four translations": four.flatten(0, 1), "nearest\nto the first": nearest, "real": test_real[:len(shown)]}
 images.save_panels(f"{name}.png", f"{os.path.basename(name)}, {run.step} steps, {run.seconds:.0f} s",
                    *((column, max(1, len(column) // len(shown)), what) for what, column in columns.items()))
-done = bank.scores[:, 0].isfinite().cpu()
+done = state.scores[:, 0].isfinite().cpu()
 steps = (torch.arange(len(done)) * SCORE_EVERY).clamp(max=run.step)
-images.save_curves(f"{name}_curves.png", steps[done], dict(zip(CURVES, bank.scores.cpu()[done].T)))
+images.save_curves(f"{name}_curves.png", steps[done], dict(zip(CURVES, state.scores.cpu()[done].T)))
 print(f"wrote {name}.pt")
-report(f"final eps {EPS:g} steps {run.step} best_step {bank.best_step.item():.0f} train_s {run.seconds:.1f} "
+report(f"final eps {EPS:g} steps {run.step} best_step {state.best_step.item():.0f} train_s {run.seconds:.1f} "
        f"total_s {time.perf_counter() - start_time:.1f}", test_x, z)

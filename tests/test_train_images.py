@@ -108,14 +108,14 @@ def test_the_last_of_the_weights_that_noise_cannot_tell_from_the_best_are_kept(w
     v = whole.values
     assert v["total"](torch.tensor([[-0.1, 0.2, 0.9, 1.0, 1.0], [0.1, -0.2, 1.3, 1.0, 1.0]])).tolist() == \
         pytest.approx([0.21, 0.13])
-    totals = v["total"](v["bank"].scores)[:v["SCORES"] + 1].tolist()
-    good = [k for k, value in enumerate(totals) if value <= min(totals[:k + 1]) + 3 * v["bank"].noise.item()]
+    totals = v["total"](v["state"].scores)[:v["SCORES"] + 1].tolist()
+    good = [k for k, value in enumerate(totals) if value <= min(totals[:k + 1]) + 3 * v["state"].noise.item()]
     assert final(whole.output)["best_step"] == good[-1] * v["SCORE_EVERY"]
     assert (v["score"](v["some"] * math.nan) == 1e3).all()  # worse than any, and the log goes on
     torch.manual_seed(1)  # its definition, over other draws
     halves = [torch.randperm(len(v["y"])).chunk(2) for _ in range(100)]
     scores = torch.stack([v["score"](v["y"][a[:len(v["some"])]], v["y"][b]) for a, b in halves])
-    assert v["bank"].noise.item() == pytest.approx(v["total"](scores).std().item(), rel=0.5)  # 20 draws: to a sixth
+    assert v["state"].noise.item() == pytest.approx(v["total"](scores).std().item(), rel=0.5)  # 20 draws: to a sixth
     assert scores[:, 2].mean() == pytest.approx(1, abs=0.2)  # nearest: real ones are no copies of those seen
     monkeypatch.setitem(v["noise_of_total"].__globals__, "y", v["y"][:3])  # fewer targets than sources
     assert v["noise_of_total"]().isfinite()

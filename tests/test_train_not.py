@@ -82,7 +82,7 @@ def test_folders_of_images(folder_run):
     expected = images.translation_scores(x, y, values["test_real"], values["targets"])
     assert all(scores[k] == pytest.approx(v, rel=1e-3, abs=1e-6) for k, v in expected.items())
     assert (y[:, 0] - values["start"].map(x).clamp(-1, 1)).abs().max() < 0.5  # twelve steps from there
-    kept = checkpoint(out, name)["kept"]
+    kept = checkpoint(out, name)["state"]
     for what, curve in zip(values["CURVES"], kept["curves"].T.tolist()):  # logged at each step
         assert list(map(float, re.findall(rf"^step.*?  {what} (\S+)", output, re.M))) == pytest.approx(curve, rel=1e-3)
     early = kept["early"]  # of steps 1 and 4
