@@ -301,12 +301,20 @@ def anneal(x, y, near, epses, say=lambda plan, what, left: None, sizes=SIZES, st
             for left in range(max(1, math.ceil(stages)), 0, -1):
                 cool(found, found.eps * (eps / found.eps) ** (1 / left), *few, prior)
                 last = left == 1
-                ascend(found, x, y, near, prior, steps[2] if last else stage)
+                ascend(found, x, y, near, prior, max(stage, steps[2]) if last else stage)
                 if last and full:
                     settle(found, x, y, near)
                 say(found, "done" if last else "cooling", 0 if last else left - 2 + steps[2] / stage)
         of_one = gaussian_plan(x, y, eps)
         yield copy.deepcopy(found or of_one), of_one, len(best.r) > 1
+
+
+def finish(plan, x, y):
+    """The last steps, from all rows but those that score: those that chose are worth more now as rows to learn from."""
+    checked = x[-CHECKED:], y[-CHECKED:]
+    ascend(plan, x, y, checked, x.shape[1] / min(len(x), len(y)), STEPS[2])
+    if plan.U.shape[2] == x.shape[1]:
+        settle(plan, x, y, checked)
 
 
 def fit(x, y, eps=None, share=0.1, say=lambda plan, what, left: None):

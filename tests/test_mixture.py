@@ -314,21 +314,32 @@ def test_mixtures_are_clearly_better_of_clusters_not_of_gaussians():
 
 
 def test_the_best_of_the_starts_goes_on_and_wide_stages_are_longer(monkeypatch):
-    """S_k of full rank: with three times FULL_COLUMNS columns a stage takes three times the steps; else just the steps."""
+    """S_k of full rank: with three times FULL_COLUMNS columns a stage takes three times the steps."""
     torch.manual_seed(0)
     for dim, rows, times in ((48, 8000, 3), (48, 1000, 1), (8, 8000, 1)):  # 1 000 rows carry no full rank of 48
         x, y = torch.randn(rows, dim), torch.randn(rows, dim) + 4 * torch.eye(5, dim)[torch.randint(5, (rows,))]
         starts, climbed, whole = [], [], ascent.start
         monkeypatch.setattr(ascent, "start", lambda *rest: starts.append(whole(*rest)) or starts[-1])
-        monkeypatch.setattr(ascent, "ascend", lambda plan, x, y, near, prior, steps: climbed.append((plan.kept(), steps)))
+        monkeypatch.setattr(ascent, "ascend", lambda plan, *rest: climbed.append((plan.kept(), rest[-1])))
         monkeypatch.setattr(ascent, "settle", lambda *rest: None)
         (plan, *_), = anneal(x, y, (x[:99], y[:99]), [1.0], sizes=(5,), steps=(7, 2, 5))
         values = [start.objective(x, y).item() for start in starts]
         assert len(values) == 5 and max(values) - min(values) > 1e-3  # k-means had more luck in some than in others
         best = starts[values.index(max(values))]
-        assert climbed[0][1] == 7 and climbed[-1][1] == 5 and torch.equal(climbed[0][0]["U"], best.U.clone())
+        assert climbed[0][1] == 7 and torch.equal(climbed[0][0]["U"], best.U)  # cool leaves U
+        assert climbed[-1][1] == max(2 * times, 5)
         assert {steps for _, steps in climbed[1:-1]} == {2 * times}
         monkeypatch.undo()
+
+
+def test_the_last_steps_learn_from_the_rows_that_chose_too():
+    torch.manual_seed(0)
+    x, y = cell_like(600, dim=3)
+    (plan, *_), = anneal(x[200:], y[200:], (x[:200], y[:200]), [1.0], sizes=(5,))
+    masses = lambda: (plan.log_w(x).softmax(1).mean(0) - plan.log_v(y).softmax(1).mean(0)).abs().sum().item()
+    before, value = masses(), plan.objective(x, y)
+    ascent.finish(plan, x, y)
+    assert masses() < 1e-3 < 1e-2 < before and plan.objective(x, y) > value + 0.01
 
 
 @pytest.mark.parametrize("climb", [lambda *rows: ascent.ascend(*rows, 0.0, 100), ascent.settle])
