@@ -20,6 +20,7 @@ SIZES, STARTS = (5, 20, 40, 60, 100, 200, 400), 5  # components; starts, of whic
 PRIOR = 0.3              # rows for each column that hold an S_k to the Gaussian plan within the parts
 COOLING = 10 ** 0.5      # at most, from stage to stage: eps falls from the mean cost down
 STEPS = 60, 50, 200      # of Adam: to choose the number of components, of a stage, at the eps asked for
+UNFINISHED = 60, 50, 50  # the same where finish follows, which takes the last ones
 FULL_COLUMNS = 16        # of S_k of full rank; of k times as many a stage takes k times the steps, or lags behind eps
 BATCH, WORK = 2048, 2 ** 27  # least rows of a step; most rows times parameters, where an eighth of all rows is more
 RATE = 0.03              # moves of a parameter in a step, in its own scale, falling to 0
