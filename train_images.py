@@ -12,22 +12,20 @@
     python train_images.py A B --resume --translate NEW    a finished run: translates every file of NEW
     python train_images.py --smoke                 the same path in seconds, on made-up images
 
-Any format that PIL reads; central squares are averaged down to the side, and grey if all images are.  Writes beside
-itself (or under --out) images_A_to_B_32_eps0.1_seed0_HASH.pt, which --resume carries on from, a figure (.png), scores
-during the training (_curves.png), for eval_fid.py _pairs.pt = {"x": (N,C,S,S), "y": (N,M,C,S,S)}, held-out sources and
-M translations of each, and _real.pt, held-out targets, and NEW_translated/NAME.png.
+Any format that PIL reads; central squares, averaged down to the side, grey if all images are.  Writes beside itself (or
+under --out) images_A_to_B_32_eps0.07_seed0_HASH.pt, which --resume carries on from, a figure (.png), the scores' curves
+(_curves.png), NEW_translated/NAME.png and, for eval_fid.py, _real.pt and _pairs.pt, "x": (N,C,S,S), "y": (N,M,C,S,S).
 
 A chain starts from an exact draw of a mixture's plan in the base's main directions (ascent.py, half a minute): kinds of
 targets are shared out there, which Langevin steps would not do.  The net learns, at every resolution, to undo what that
 leaves: blends of targets, ghosts of the source.  A step moves one in GROUPS of the chains, drawn anew: the same ones
 would swing together, and f with them.  Chains end after LIFE rounds of GROUPS steps, one in GROUPS after twice as many.
 
-Weights are scored on images held out for this alone: see images.translation_scores.  So few tell a run-off, not which
-of two good scores is better: of weights whose scores noise cannot tell from the best the last are kept.  A training
-that runs off goes back to these at half the rate: there always is a plan, if only the base's.  The last line scores the
-test sources' translations; `control mixture` draws of the start alone, `control retrieval` training targets paired with
-the sources by discrete OT: a score that these reach too is no evidence.  `longer` is one translation of each by LONGER
-times as many steps: f is right as far as that is as good.
+Weights are scored on images held out for this alone: so few tell a run-off, not which of two good scores is better.  Of
+weights whose scores noise cannot tell from the best the last are kept.  A training that runs off goes back to these at
+half the rate: there always is a plan, if only the base's.  The last line scores translations of test sources; `control
+mixture` is the start alone, `control retrieval` training targets paired by discrete OT: a score that these reach too is
+no evidence.  `longer` takes LONGER times as many steps: f is right as far as that is as good.
 """
 import contextlib
 import hashlib
@@ -79,7 +77,7 @@ BETAS, DECAY = (0.0, 0.9), 0.8  # one bad gradient slows ten steps (0.99: hundre
 AVERAGED = 4             # weights are a mean over about the last of so many parts of the steps: f swings as it learns
 SCORES, SCORED, VALIDATION = 9, 100, 20  # times that weights are scored, on so many translations, by every 20th target
 DOUBT, DRAWS = 3.0, 20   # deviations of noise that scores differ by at least (the best of 9 has luck); draws of it
-TRIES, COLLAPSED = 4, 0.7  # of a training that runs off, each at half the rate; least spread over real images' unwarned
+TRIES, COLLAPSED, GRAINY = 4, 0.7, 1.25  # of a training that runs off, each at half the rate; unwarned spread, nearest
 TRANSLATIONS, SHOWN, EARLY = 2, 8, (0.1, 0.3)  # of each test image; rows of the figure; parts of STEPS also shown
 if args.smoke:
     BATCH, N_LANGEVIN, GROUPS, LIFE, YOUNG, WALK, RANK, WIDTHS, HIDDEN = 8, 2, 2, 4, 1, 4, 8, (4, 4, 8, 8), 8
@@ -266,5 +264,7 @@ done = state.scores[:, 0].isfinite().cpu()
 steps = (torch.arange(len(done)) * SCORE_EVERY).clamp(max=run.step)
 images.save_curves(f"{name}_curves.png", steps[done], dict(zip(CURVES, state.scores.cpu()[done].T)))
 print(f"wrote {name}.pt")
+if GRAINY < state.scores[-(-run.step // SCORE_EVERY), 2] < 1e3:  # inf: not scored yet
+    print(f"warning: translations are farther from the training targets than real ones are: try --steps {4 * STEPS}")
 report(f"final eps {EPS:g} steps {run.step} best_step {state.best_step.item():.0f} train_s {run.seconds:.1f} "
        f"total_s {time.perf_counter() - start_time:.1f}", test_x, z)

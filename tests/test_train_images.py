@@ -112,6 +112,7 @@ def test_the_last_of_the_weights_that_noise_cannot_tell_from_the_best_are_kept(w
     good = [k for k, value in enumerate(totals) if value <= min(totals[:k + 1]) + 3 * v["state"].noise.item()]
     assert final(whole.output)["best_step"] == good[-1] * v["SCORE_EVERY"]
     assert (v["score"](v["some"] * math.nan) == 1e3).all()  # worse than any, and the log goes on
+    assert ("try --steps 48" in whole.output) == (v["state"].scores[v["SCORES"], 2] > 1.25)  # nearest
     torch.manual_seed(1)  # its definition, over other draws
     halves = [torch.randperm(len(v["y"])).chunk(2) for _ in range(100)]
     scores = torch.stack([v["score"](v["y"][a[:len(v["some"])]], v["y"][b]) for a, b in halves])
