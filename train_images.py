@@ -185,7 +185,7 @@ zero, shown = torch.zeros((), device=device), test_x[::math.ceil(len(test_x) / S
 bank = common.Bank(*newborn(0, GROUPS * BATCH))
 state = common.State(gap=zero, rate=zero + 1, noise=zero, early=torch.stack([shown] * 2), ended=zero, best_step=zero,
                      scores=zero.new_full((STEPS // SCORE_EVERY + 2, len(CURVES)), math.inf))
-print(*map(len, (x, y, valid, test_x, test_real)), "sources, targets, targets that choose, test sources, test targets")
+print(f"{len(x)} sources, {len(y)} targets, {len(valid)} to choose by; to test: {len(test_x)}, {len(test_real)}")
 
 parts = dict(base=base, plans=torch.nn.ModuleList([clusters]), net=net, net_avg=net_avg, best=best, opt=opt)
 run = Run(args, f"{name}.pt", {**parts, "bank": bank, "state": state}, STEPS, LOG_EVERY, CONSTANTS)
