@@ -20,7 +20,7 @@ SIZES, STARTS = (5, 20, 40, 60, 100, 200, 400), 5  # components; starts, of whic
 PRIOR = 0.3              # rows for each column that hold an S_k to the Gaussian plan within the parts
 COOLING = 10 ** 0.5      # at most, from stage to stage: eps falls from the mean cost down
 STEPS = 60, 50, 200      # of Adam: to choose the number of components, of a stage, at the eps asked for
-UNFINISHED = 60, 50, 50  # the same where finish follows, which takes the last ones
+UNFINISHED = *STEPS[:2], STEPS[1]  # the same where finish follows, which takes the last ones
 FULL_COLUMNS = 16        # of S_k of full rank; of k times as many a stage takes k times the steps, or lags behind eps
 BATCH, WORK = 2048, 2 ** 27  # least rows of a step; most rows times parameters, where an eighth of all rows is more
 RATE = 0.03              # moves of a parameter in a step, in its own scale, falling to 0
@@ -230,9 +230,11 @@ def ascend(plan, x, y, near, prior, steps):
 
 @torch.no_grad()
 def settle(plan, x, y, near, steps=30):
-    """On to where the gradient is 0, for S_k of full rank: each component goes towards the Gaussian plan between its
-    parts of P and Q, only so far that the objective rises.  Ends with what is best on near = (x, y).  Where the plan is
-    a mixture's, halves what Adam's noise leaves of the error; where clusters are not Gaussian, it soon stops."""
+    """If the S_k have full rank, on to where the gradient is 0: each component goes towards the Gaussian plan between
+    its parts of P and Q, only so far that the objective rises.  Ends with what is best on near = (x, y).  Where the
+    plan is a mixture's, halves what Adam's noise leaves of the error; where clusters are not Gaussian, soon stops."""
+    if plan.U.shape[2] < plan.U.shape[1]:
+        return
     best, value, share = (plan.objective(*near).item(), plan.kept()), balance(plan, x, y), 1.0
     for _ in range(steps):
         before, S = plan.kept(), (plan.d.diag_embed() + plan.U @ plan.U.mT).double()
@@ -299,13 +301,14 @@ def anneal(x, y, near, epses, say=lambda plan, what, left: None, sizes=SIZES, st
         if found is not None:
             full, stages = found.U.shape[2] == dim, math.log(found.eps / eps) / math.log(COOLING) - 1e-6
             stage = steps[1] * (max(1, dim // FULL_COLUMNS) if full else 1)
+            ending = max(stage, steps[2])
             for left in range(max(1, math.ceil(stages)), 0, -1):
                 cool(found, found.eps * (eps / found.eps) ** (1 / left), *few, prior)
                 last = left == 1
-                ascend(found, x, y, near, prior, max(stage, steps[2]) if last else stage)
-                if last and full:
+                ascend(found, x, y, near, prior, ending if last else stage)
+                if last:
                     settle(found, x, y, near)
-                say(found, "done" if last else "cooling", 0 if last else left - 2 + steps[2] / stage)
+                say(found, "done" if last else "cooling", 0 if last else left - 2 + ending / stage)
         of_one = gaussian_plan(x, y, eps)
         yield copy.deepcopy(found or of_one), of_one, len(best.r) > 1
 
@@ -314,8 +317,7 @@ def finish(plan, x, y):
     """The last steps, from all rows but those that score: those that chose are worth more now as rows to learn from."""
     checked = x[-CHECKED:], y[-CHECKED:]
     ascend(plan, x, y, checked, x.shape[1] / min(len(x), len(y)), STEPS[2])
-    if plan.U.shape[2] == x.shape[1]:
-        settle(plan, x, y, checked)
+    settle(plan, x, y, checked)
 
 
 def fit(x, y, eps=None, share=0.1, say=lambda plan, what, left: None):
