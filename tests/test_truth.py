@@ -53,27 +53,24 @@ def test_the_solution_solves_schroedinger_s_system():
     assert torch.allclose(soft(soft(g, cost), cost.T), g, atol=1e-4)
 
 
-def test_references_belong_to_their_samples_and_damaged_ones_are_solved_again(tmp_path, capsys):
-    x, y = samples(40)
-    good = truth.kept_solution(x, y, 0.1, tmp_path)
-    path, = tmp_path.glob("reference_eps0.1_*.npz")
+def test_references_are_of_fresh_samples_and_kept(tmp_path, capsys):
+    """The potential of two kept references: of the samples that the laws draw from the seed, by solve."""
+    shifted = lambda n, generator: normal(n, generator) + 3
+    normal = lambda n, generator: torch.randn(n, 2, generator=generator)
+    y, g = truth.reference(normal, truth.swiss_roll, 40, 0.1, 0, tmp_path)
+    x, targets = samples(40)
+    assert torch.equal(y, targets) and torch.equal(g, truth.solve(torch.cdist(x, y).square() / 2, 0.1)[1])
     assert capsys.readouterr().out.count("solving") == 1
-    assert torch.equal(truth.kept_solution(x, y, 0.1, tmp_path), good) and "solving" not in capsys.readouterr().out
-    damages = ({"g": good.numpy() * np.nan}, {"g": good.numpy()[1:]}, {"g": good.numpy().astype("U9")},
-               {"other": good.numpy()}, b"text", path.read_bytes()[:300], b"")
-    for damage in damages:
-        path.write_bytes(damage) if isinstance(damage, bytes) else np.savez(path, **damage)
-        assert torch.equal(truth.kept_solution(x, y, 0.1, tmp_path), good)
-        assert capsys.readouterr().out.count("solving") == 1 and np.array_equal(np.load(path)["g"], good)
-    truth.kept_solution(*samples(40, shift=3.0), 0.1, tmp_path)  # other samples, another temperature
-    truth.kept_solution(x, y, 0.2, tmp_path)
-    assert len(list(tmp_path.iterdir())) == 3 and np.array_equal(np.load(path)["g"], good)
+    for kept, new in zip(truth.reference(normal, truth.swiss_roll, 40, 0.1, 0, tmp_path), (y, g)):
+        assert torch.equal(kept, new) and "solving" not in capsys.readouterr().out
+    for law, eps, seed in ((shifted, 0.1, 0), (normal, 0.2, 0), (normal, 0.1, 1)):  # each in a file of its own
+        assert not torch.equal(truth.reference(law, truth.swiss_roll, 40, eps, seed, tmp_path)[1], g)
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_a_solve_that_has_not_converged_or_cannot_be_kept_is_said(tmp_path, capsys, monkeypatch):
-    x, y = samples(40)
     monkeypatch.setattr(truth, "solve", lambda cost, eps: (cost, torch.zeros(len(cost)).double(), math.nan))
-    truth.kept_solution(x, y, 0.1, tmp_path / "missing")
+    truth.reference(truth.swiss_roll, truth.swiss_roll, 40, 0.1, 0, tmp_path / "missing")
     output = capsys.readouterr().out
     assert "warning: not converged" in output and "warning: cannot write" in output
 
