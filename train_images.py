@@ -44,7 +44,7 @@ from mixture import MainPlan, load
 from run import Run, WORLD, arguments, constants_of, fail, make_folder, number
 
 args = arguments(
-    __doc__, __file__, eps=0.07, folders=dict(nargs="*", metavar="DIR or A B", help="folders of images"),
+    __doc__, __file__, default_eps=0.07, folders=dict(nargs="*", metavar="DIR or A B", help="folders of images"),
     side=dict(type=int, choices=(32, 64, 128), default=32, help="pixels (default 32)"),
     background=dict(type=ImageColor.getrgb, default=(255,) * 3, help="under transparent images (default white)"),
     steps=dict(type=number(100, 10 ** 6, int), help="of the training (default 900; at 128 pixels 800)"),

@@ -25,7 +25,7 @@ import torch
 import common
 from run import Run, arguments
 
-args = arguments("doc", __file__, eps=0.1)
+args = arguments("doc", __file__, default_eps=0.1)
 torch.set_num_threads(1)
 f, f_avg = common.MLP(2, 8, 1), common.MLP(2, 8, 1)
 opt = torch.optim.Adam(f.parameters(), fused=True)
@@ -95,7 +95,7 @@ def test_bad_command_lines(bad, monkeypatch, capsys):
         monkeypatch.setattr(sys, stream, getattr(sys, stream))  # to be put back: the script wraps them
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit) as end:
-        room.arguments("doc", __file__, eps=0.1, data=dict(default="x"))
+        room.arguments("doc", __file__, default_eps=0.1, data=dict(default="x"))
     signal.signal(signal.SIGINT, handler)
     assert end.value.code == 2
     name = bad[0].split("=")[0]
