@@ -82,7 +82,7 @@ def test_base_carries_the_gaussians_and_each_colour_its_share(small_base):
     wanted = ((f.along * square.sqrt()[:, None])[:, :, None] * y.mean(0)).flatten(1)
     assert (moved - wanted).norm(dim=1).max() < 0.02 * wanted.norm(dim=1).min()
     many = digits.colorize(grey_x.float().repeat(40, 1, 1, 1)).double() + 1
-    share = (f.features(many) @ f.quadratic_w + f.log_a).softmax(1).mean(0)
+    share = (f.quadratic(many, f.S, f.r) + f.log_a).softmax(1).mean(0)
     assert share.sub(1 / 12).abs().max() < 0.01
 
 
