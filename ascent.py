@@ -14,19 +14,19 @@ import torch.nn.functional as F
 
 from mixture import Mixture, Plan, gaussian_map, log_sum, noise_shares
 
-ROWS_PER_RANK = 15       # rows of a component's own that carry a column of its U
+ROWS_PER_RANK = 15       # rows of a component for each column of its U
 ROWS_PER_COMPONENT, ROWS_PER_COLUMN = 50, 0.5  # at least so many for a component: of fewer its mean is noise
 SIZES, STARTS = (5, 20, 40, 60, 100, 200, 400), 5  # components; starts, of which the best goes on: k-means has luck
 PRIOR = 0.3              # rows for each column that hold an S_k to the Gaussian plan within the parts
 COOLING = 10 ** 0.5      # at most, from stage to stage: eps falls from the mean cost down
 STEPS = 60, 50, 200      # of Adam: to choose the number of components, of a stage, at the eps asked for
-UNFINISHED = *STEPS[:2], STEPS[1]  # the same where finish follows, which takes the last ones
+UNFINISHED = *STEPS[:2], STEPS[1]  # the same where finish() follows, which takes the last STEPS[2]
 FULL_COLUMNS = 16        # of S_k of full rank; of k times as many a stage takes k times the steps, or lags behind eps
 BATCH, WORK = 2048, 2 ** 27  # least rows of a step; most rows times parameters, where an eighth of all rows is more
 RATE = 0.03              # moves of a parameter in a step, in its own scale, falling to 0
 FINE = 1000              # numbers in a U_k: of more, where rows are many, each moves less, or their noise adds up
 BETAS = 0.9, 0.99        # of Adam
-FEW, MANY, CHECKED = 20_000, 200_000, 10_000  # rows that a stage starts from; most rows seen; rows that watch a stage
+FEW, MANY, CHECKED = 20_000, 200_000, 10_000  # rows for a start; most rows seen; rows for a stage's objective
 
 
 # ------------------------------------------------------------------------------------------------ one Gaussian
@@ -177,8 +177,8 @@ def cool(plan, eps, x, y, prior):
 @torch.no_grad()
 def ascend(plan, x, y, near, prior, steps):
     """A stage, at one eps: Adam on the dual objective of batches, whose noise leads out of poor optima; masses are
-    balanced after every quarter.  Ends with that best on near = (x, y), rows that choose it, of those after which the
-    training objective is not below the first: by the last rows, as the start fits those that it comes from too well.
+    balanced after every quarter.  Of the states there it keeps the best on near = (x, y), held-out rows, among those
+    with a training objective not below the start's: on the last rows, as the start overfits those that made it.
 
     Parameters move relative to where they are, each in its own scale.  To the loss is added what is least where S_k is
     that of the Gaussian plan within the parts, I in the basis: few rows would overfit S_k."""
@@ -293,7 +293,7 @@ def anneal(x, y, near, epses, say=lambda plan, what, left: None, sizes=SIZES, st
         ascend(new, x, y, near, prior, steps[0])
         gain, error = gain_of(new, best, *near)
         say(new, f"{gain / error:.3g} standard errors above fewer", 0)
-        found = new if found is None or gain > 2 * error else found  # where P alone has parts, this eps shows none
+        found = new if found is None or gain > 2 * error else found  # clusters of P alone do not show at this eps
         if not gain > 2 * error:
             break
         best = new
