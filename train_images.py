@@ -6,7 +6,7 @@
 
     python train_images.py DIR                     DIR holds trainA, trainB (and testA, testB): CycleGAN's layout
     python train_images.py A B                     two folders; a tenth of each is held out
-    python train_images.py A B --side 64           pixels: 32 (5 minutes of one core), 64 (12) or 128 (30, 5 GiB)
+    python train_images.py A B --side 64           pixels: 32 (4 minutes of one core), 64 (10) or 128 (30, 5 GiB)
     python train_images.py A B --eps 0.3           temperature of the plan: more varied, further from the source
     python train_images.py A B --steps 3600        four times as long: clearer where images are of many kinds
     python train_images.py A B --resume --translate NEW    a finished run: translates every file of NEW
