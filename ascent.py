@@ -15,15 +15,15 @@ import torch.nn.functional as F
 from mixture import Mixture, Plan, gaussian_map, log_sum, noise_shares
 
 ROWS_PER_RANK = 15       # rows of a component for each column of its U
-ROWS_PER_COMPONENT, ROWS_PER_COLUMN = 50, 0.5  # at least so many for a component: of fewer its mean is noise
-SIZES, STARTS = (5, 20, 40, 60, 100, 200, 400), 5  # components; starts, of which the best goes on: k-means has luck
-PRIOR = 0.3              # rows for each column that hold an S_k to the Gaussian plan within the parts
-COOLING = 10 ** 0.5      # at most, from stage to stage: eps falls from the mean cost down
+ROWS_PER_COMPONENT, ROWS_PER_COLUMN = 50, 0.5  # rows that a component needs: so many, and so many a data column
+SIZES, STARTS = (5, 20, 40, 60, 100, 200, 400), 5  # components tried; k-means starts of each, of which the best goes on
+PRIOR = 0.3              # pseudo-rows for each column of the data that pull S_k to I in the basis: see ascend
+COOLING = 10 ** 0.5      # eps falls from the mean cost, from stage to stage by at most this factor
 STEPS = 60, 50, 200      # of Adam: to choose the number of components, of a stage, at the eps asked for
 UNFINISHED = *STEPS[:2], STEPS[1]  # the same where finish() follows, which takes the last STEPS[2]
-FULL_COLUMNS = 16        # of S_k of full rank; of k times as many a stage takes k times the steps, or lags behind eps
-BATCH, WORK = 2048, 2 ** 27  # least rows of a step; most rows times parameters, where an eighth of all rows is more
-RATE = 0.03              # moves of a parameter in a step, in its own scale, falling to 0
+FULL_COLUMNS = 16        # with S_k of full rank, k times as many columns take k times the steps, or lag behind eps
+BATCH, WORK = 2048, 2 ** 27  # a batch: an eighth of all rows, at most WORK / parameters, at least BATCH
+RATE = 0.03              # learning rate, in each parameter's own scale, falling to 0 by a cosine
 FINE = 1000              # numbers in a U_k: of more, where rows are many, each moves less, or their noise adds up
 BETAS = 0.9, 0.99        # of Adam
 FEW, MANY, CHECKED = 20_000, 200_000, 10_000  # rows for a start; most rows seen; rows for a stage's objective
@@ -31,20 +31,16 @@ FEW, MANY, CHECKED = 20_000, 200_000, 10_000  # rows for a start; most rows seen
 
 # ------------------------------------------------------------------------------------------------ one Gaussian
 
-def widened(S, second):
-    """Covariance S (D, D), widened by what float32 can tell where it has not full rank: equal points, constant columns
-    and values of a grid are no error.  second: E z z^T, of which S is what the mean leaves."""
-    least = (4e-6 * torch.linalg.matrix_norm(second) + 1e-12) * torch.eye(len(S), dtype=S.dtype, device=S.device)
-    return S + 2 * least * (torch.linalg.cholesky_ex(S - least)[1] > 0)
-
-
-def covariance_within(z, weights, prior=0.0):
-    """Mean covariance (D, D), float64, of parts of z (n, D), which weights (n, K) share out; shrunk to its diagonal as
-    by a share `prior` of the sample in more points."""
+def covariance_within(z, weights, prior):
+    """Pooled covariance (D, D), float64, within the components of z (n, D) with responsibilities weights (n, K); shrunk
+    to its diagonal as by prior * n more rows."""
     mass, second = weights.mean(0).double().clamp_min(1e-12), (z.T @ z).double() / len(z)
     sums = (weights.T @ z).double() / len(z)
     S = second - sums.T @ (sums / mass[:, None])
-    return widened(S.lerp(S.diag().diag(), prior / (1 + prior)), second)
+    S = S.lerp(S.diag().diag(), prior / (1 + prior))
+    # equal points, constant columns, values of a grid: widened where float32 cannot tell S from a singular one
+    least = (4e-6 * torch.linalg.matrix_norm(second) + 1e-12) * torch.eye(len(S), dtype=S.dtype, device=S.device)
+    return S + 2 * least * (torch.linalg.cholesky_ex(S - least)[1] > 0)
 
 
 def moments(z, shares):
@@ -74,18 +70,14 @@ class MeanLogSum(torch.autograd.Function):
     def forward(ctx, z, const, square, linear, factor):
         total, grads = 0.0, [torch.zeros_like(t) for t in (const, square, linear, factor.flatten(1))]
         for part in z.split(max(64, 2 ** 18 // max(factor[0].numel(), 256))):
-            squares, out = part.square(), torch.addmm(const, part, linear.T)
-            out.addmm_(squares, square.T)
-            if factor.shape[1]:
-                seen = (part @ factor.flatten(1)).view(len(part), *factor.shape[1:])
-                out += seen.square().sum(1)
+            squares, seen = part.square(), (part @ factor.flatten(1)).view(len(part), *factor.shape[1:])
+            out = torch.addmm(const, part, linear.T).addmm_(squares, square.T).add_(seen.square().sum(1))
             log_of_sum, share = log_sum(out)
             total = total + log_of_sum.sum()
             grads[0] += share.sum(0)
             grads[1].addmm_(share.T, squares)
             grads[2].addmm_(share.T, part)
-            if factor.shape[1]:
-                grads[3].addmm_(part.T, seen.mul_(share[:, None]).flatten(1), alpha=2)
+            grads[3].addmm_(part.T, seen.mul_(share[:, None]).flatten(1), alpha=2)
         ctx.save_for_backward(*grads[:3], grads[3].view(factor.shape))
         ctx.n = len(z)
         return total / ctx.n
@@ -133,7 +125,7 @@ def start(plan, x, y, prior):
 
 @torch.no_grad()
 def balance(plan, x, y, steps=30, tolerance=1e-3):
-    """Move a_k until both parts have the same mass, by Newton's method with a line search: an ascent.
+    """Move a_k until component k has the same mass under P and Q, by damped Newton steps: an ascent.
     -> the dual objective of the rows over eps, up to a constant."""
     log_w, log_v = plan.log_w(x) - plan.log_a, plan.log_v(y) - plan.log_a
     log_a, damping, value = plan.log_a.double(), 1.0, -math.inf
@@ -158,8 +150,8 @@ def balance(plan, x, y, steps=30, tolerance=1e-3):
 
 @torch.no_grad()
 def cool(plan, eps, x, y, prior):
-    """Go on at another eps: with the basis scaled as the Gaussian plan within the parts says, or with r and S as
-    they are, whichever is better there."""
+    """Go on at another eps: with the basis scaled as the pooled Gaussian plan's, or with r and S as they are, whichever
+    has the larger objective there."""
     parts = [z.softmax(1) for z in (plan.log_w(x), plan.log_v(y))]
     P, Q = (covariance_within(z, part, prior) for z, part in zip((x, y), parts))
     old, new = (torch.linalg.cholesky(gaussian_map(P, Q, e)) for e in (plan.eps, eps))
@@ -180,8 +172,8 @@ def ascend(plan, x, y, near, prior, steps):
     balanced after every quarter.  Of the states there it keeps the best on near = (x, y), held-out rows, among those
     with a training objective not below the start's: on the last rows, as the start overfits those that made it.
 
-    Parameters move relative to where they are, each in its own scale.  To the loss is added what is least where S_k is
-    that of the Gaussian plan within the parts, I in the basis: few rows would overfit S_k."""
+    Parameters move relative to where they are, each in its own scale.  A penalty is least where S_k is I in the basis,
+    as that of the Gaussian plan of the pooled covariances: without it few rows would overfit S_k."""
     checked, state = (x[-CHECKED:], y[-CHECKED:]), [getattr(plan, name).clone() for name in ("log_a", "r", "d", "U")]
     (log_a, r, d, U), sizes = state, [t.numel() for t in state]
     root, width, K = d.sqrt(), math.sqrt(plan.eps) * d.sqrt(), len(log_a)
@@ -222,17 +214,16 @@ def ascend(plan, x, y, near, prior, steps):
                 moves[:K] = plan.log_a - log_a
     except torch.linalg.LinAlgError:  # a step too far for float32
         pass
-    put(moves)  # without a graph
-    plan.load_state_dict(best[1])
+    plan.load_state_dict(best[1], assign=True)  # in place of tensors with a graph
     if max(len(x), len(y)) > CHECKED:
         balance(plan, x, y)
 
 
 @torch.no_grad()
 def settle(plan, x, y, near, steps=30):
-    """If the S_k have full rank, on to where the gradient is 0: each component goes towards the Gaussian plan between
-    its parts of P and Q, only so far that the objective rises.  Ends with what is best on near = (x, y).  Where the
-    plan is a mixture's, halves what Adam's noise leaves of the error; where clusters are not Gaussian, soon stops."""
+    """If the S_k have full rank: fixed-point steps, as in EM, to where the gradient is 0.  Each component moves towards
+    the Gaussian plan between its shares of P and Q, while the objective rises.  Keeps the best on near = (x, y).  Where
+    the true plan is a mixture's, this halves the error that Adam's noise leaves; elsewhere it soon stops."""
     if plan.U.shape[2] < plan.U.shape[1]:
         return
     best, value, share = (plan.objective(*near).item(), plan.kept()), balance(plan, x, y), 1.0
@@ -277,10 +268,10 @@ def gain_of(new, old, x, y):
 @torch.no_grad()
 def anneal(x, y, near, epses, say=lambda plan, what, left: None, sizes=SIZES, steps=STEPS):
     """For each of epses, from the largest, yields a mixture (of too few rows the Gaussian plan), the Gaussian plan, and
-    whether mixtures are clearly better at the mean cost: there fewer rows can tell than at a small eps.
+    whether mixtures are clearly better at eps = mean cost, where fewer rows can tell than at a small eps.
 
-    near = (x, y), rows that choose only.  The number of components is chosen at the mean cost, where a fit is cheap: as
-    many as near gains from, beyond two standard errors.  The mixture found is then carried down from stage to stage:
+    near = (x, y): validation rows.  The number of components is chosen at eps = mean cost, where a fit is cheap: it
+    grows while near gains over two standard errors.  The mixture found is then carried down from stage to stage:
     started at a small eps, it would end in a poor optimum."""
     dim, n, (x, y), few = x.shape[1], min(len(x), len(y)), (x[:MANY], y[:MANY]), (x[:FEW], y[:FEW])
     prior, top = dim / n, max((x.var(0).sum() + y.var(0).sum()).item() / 2, max(epses))
@@ -293,10 +284,10 @@ def anneal(x, y, near, epses, say=lambda plan, what, left: None, sizes=SIZES, st
         ascend(new, x, y, near, prior, steps[0])
         gain, error = gain_of(new, best, *near)
         say(new, f"{gain / error:.3g} standard errors above fewer", 0)
-        found = new if found is None or gain > 2 * error else found  # clusters of P alone do not show at this eps
+        found = found or new  # even without a gain: clusters of P alone do not show at this eps
         if not gain > 2 * error:
             break
-        best = new
+        best = found = new
     for eps in sorted(epses, reverse=True):
         if found is not None:
             full, stages = found.U.shape[2] == dim, math.log(found.eps / eps) / math.log(COOLING) - 1e-6
@@ -314,7 +305,7 @@ def anneal(x, y, near, epses, say=lambda plan, what, left: None, sizes=SIZES, st
 
 
 def finish(plan, x, y):
-    """The last steps, from all rows but those that score: those that chose are worth more now as rows to learn from."""
+    """The last steps, on training and validation rows: once the choice is made, the latter are worth more as data."""
     checked = x[-CHECKED:], y[-CHECKED:]
     ascend(plan, x, y, checked, x.shape[1] / min(len(x), len(y)), STEPS[2])
     settle(plan, x, y, checked)

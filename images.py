@@ -22,7 +22,7 @@ import common
 from run import fail, make_folder, reason_of, save_figure, write_aside
 
 MAX_PIXELS = 50_000_000  # of one image: a file of kilobytes can unpack to gigabytes, and several are read at once
-NO_PICTURES = ("BUFR", "EMF", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF")  # PIL only knows their names, or runs them
+NO_PICTURES = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")  # PIL only knows their names, or runs them
 READERS, MEMORY = 8, 2 ** 30  # threads; bytes that a set's pixels may take as floats
 FEW = 500                # images to train with: fewer the network learns by heart
 Image.MAX_IMAGE_PIXELS = None  # PIL's bound only warns at first; MAX_PIXELS is lower and refuses
@@ -131,12 +131,12 @@ def read_pair(paths, side, background="white"):
 
 # ------------------------------------------------------------------------------------------------ files out
 
-def out_folder(folder):
+def out_folder(folder, suffix="_translated"):
     """FOLDER_translated, made now: what would keep it from being written must show before the training."""
-    path = os.path.abspath(folder) + "_translated"
+    path, long_name = os.path.abspath(folder) + suffix, "0" * 220
     make_folder(path)
-    problem = write_aside(os.path.join(path, "figure"), lambda file: file.write(b" "), keep=False)
-    return fail(problem) if problem else path
+    problem = write_aside(os.path.join(path, long_name), lambda file: file.write(b" "), False, "name another folder")
+    return fail(problem.replace(long_name, "")) if problem else path
 
 
 def write_folder(path, names, y):
@@ -150,7 +150,7 @@ def write_folder(path, names, y):
         for k, image in enumerate(pixels.numpy(), 1):
             file_name = os.path.join(path, stem + f"_{k}" * (len(pixels) > 1) + ".png")
             if problem := write_aside(file_name, lambda file: Image.fromarray(image).save(file, "png")):
-                fail(f"{problem}; then --resume with --translate writes them again")
+                fail(f"{problem.replace(' with --out', '')}; then --resume with --translate writes them again")
     print(f"wrote {len(pixels)} translations of each of {len(names)} images into {path}")
 
 
@@ -213,8 +213,8 @@ class Pyramid(nn.Module):
 
 
 def walk(f, x, y, eps, eta, steps, box, watch=lambda y, grad: None):
-    """Langevin steps in +-box, after watch(y, grad log pi_f(y|x)) each.  A step's noise is the mean of its own and the
-    last (Leimkuhler & Matthews 2013): exact for Gaussians, else 1/7 too wide."""
+    """Langevin steps in +-box, watch(y, grad log pi_f(y|x)) before each.  Consecutive steps share half of their noise
+    (Leimkuhler & Matthews 2013): exact for Gaussians, whose variance is 1/7 too large without, at eta = half of it."""
     noise = torch.randn_like(y)
     for _ in range(steps):
         _, grad = common.log_p_and_grad(f, x, y, eps)

@@ -23,7 +23,7 @@ def afford(what, size):
 
 
 def number_in(cell, comma):
-    """The number in a table's cell, whose decimal mark may be a comma; nan if it says "missing", None if it is text."""
+    """The number in a table's cell, whose decimal mark may be a comma; nan where it marks a gap, None if it is text."""
     try:
         return float(cell.replace(",", ".") if comma else cell)
     except ValueError:
@@ -69,7 +69,7 @@ def read_table(path):
 
 
 def read_rows(path, x=None):
-    """A file -> rows as float64 (n, D) and names of the columns or None, in the order of x, what this gave for X."""
+    """A file -> rows (n, D), float64, and names of the columns or None.  x: that of X, whose order is taken."""
     file, _, key = path.rpartition(":") if ":" in path and not os.path.exists(path) else (path, "", "")
     kind, names, drop = os.path.splitext(file.lower().removesuffix(".gz"))[1], None, 0
 
@@ -85,7 +85,7 @@ def read_rows(path, x=None):
         fail(f"{path} is no file, or empty")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # numpy's and torch's own words
+            warnings.simplefilter("ignore")  # numpy's and torch's own
             if kind in (".csv", ".tsv", ".txt"):
                 rows, names, drop = read_table(file)
             elif kind in (".npy", ".npz"):
@@ -147,7 +147,7 @@ def judge(X, Y, names):
 
 
 def read_column(path, rows, what):
-    """A value for each of some rows, .npy or text with a line each -> array (n,)."""
+    """A value for each row, .npy or text with a line each, below a header or none -> array (n,)."""
     try:
         column = np.load(path) if path.endswith(".npy") else np.array(open(path, encoding="utf-8").read().splitlines())
         column = column.reshape(-1)[len(column) - len(rows):] if len(column) == len(rows) + 1 else column.reshape(-1)

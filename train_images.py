@@ -14,18 +14,18 @@
 
 Any format that PIL reads; central squares, averaged down to the side, grey if all images are.  Writes beside itself (or
 under --out) images_A_to_B_32_eps0.07_seed0_HASH.pt, which --resume carries on from, a figure (.png), the scores' curves
-(_curves.png), NEW_translated/NAME.png and, for eval_fid.py, _real.pt and _pairs.pt, "x": (N,C,S,S), "y": (N,M,C,S,S).
+(_curves.png) and, for eval_fid.py, _real.pt and _pairs.pt, "x": (N,C,S,S), "y": (N,M,C,S,S); NEW_translated beside NEW.
 
 A chain starts from an exact draw of a mixture's plan in the base's main directions (ascent.py, half a minute): kinds of
 targets are shared out there, which Langevin steps would not do.  The net learns, at every resolution, to undo what that
 leaves: blends of targets, ghosts of the source.  A step moves one in GROUPS of the chains, drawn anew: the same ones
-would swing together, and f with them.  Chains end after LIFE rounds of GROUPS steps, one in GROUPS after twice as many.
+would oscillate, and f with them.  After LIFE rounds of GROUPS steps chains end; one in GROUPS is spared once.
 
-Weights are scored on images held out for this alone: so few tell a run-off, not which of two good scores is better.  Of
-weights whose scores noise cannot tell from the best the last are kept.  A training that runs off goes back to these at
-half the rate: there always is a plan, if only the base's.  The last line scores translations of test sources; `control
-mixture` is the start alone, `control retrieval` training targets paired by discrete OT: a score that these reach too is
-no evidence.  `longer` takes LONGER times as many steps: f is right as far as that is as good.
+Weights are scored on images held out for this alone: so few tell divergence, not which of two good scores is better.
+Of weights whose scores noise cannot tell from the best the last are kept.  A training that diverges goes back to these
+at half the rate: there always is a plan, if only the base's.  The last line scores translations of test sources;
+`control mixture` is the start alone, `control retrieval` training targets paired by discrete OT: a score that these
+reach too is no evidence.  `longer` takes LONGER times as many steps: if f is right, its translations are as good.
 """
 import contextlib
 import hashlib
@@ -65,19 +65,19 @@ STEPS = args.steps or {32: 900, 64: 900, 128: 800}[SIDE]  # of AdamW, at most
 WIDTHS = {32: (12, 36, 72, 144), 64: (8, 24, 48, 96, 144), 128: (8, 16, 32, 64, 128, 160)}[SIDE]  # channels
 HIDDEN = 256             # units after the last
 BATCH, N_LANGEVIN = 64, 5  # chains moved per step, and targets; Langevin steps of each
-GROUPS, LIFE, YOUNG = 3, 16, 4  # chains over BATCH; rounds of so many steps till a chain ends, till f learns from it
-WALK, LAST, LONGER = 50, 10, 4  # Langevin steps of a translation; of them averaged; times as many
+GROUPS, LIFE, YOUNG = 3, 16, 4  # sets of BATCH chains; rounds of GROUPS steps that a chain lives, that f ignores it
+WALK, LAST, LONGER = 50, 10, 4  # Langevin steps of a translation; last y averaged; factor of `longer`
 NOISE = min(0.16, 0.5 * math.sqrt(EPS))  # deviation of what is added to targets, as with the digits
 ETA, BOX, SCALE = NOISE ** 2 / 2, 3.0, EPS / NOISE ** 2  # Langevin step; pixels stay in +-BOX; of the net
 AT_WALL, WIDEST_GAP = 0.05, 3000.0  # share of clipped pixels, mean of 100 gaps that count as divergence
-RANK, PRIOR = 128, 0.02  # directions whose covariance the base knows; the share of its diagonal in it
+RANK, PRIOR = 128, 0.02  # main directions, whose covariances the base knows; weight of the diagonals in them
 FITTED = 6000            # images of a set, at most, that the mixture is fitted to: half a minute
 LR, WARMUP = {32: 3e-3, 64: 1.6e-3, 128: 1e-3}[SIDE], 50  # of AdamW; rises in WARMUP steps, then falls to 0 by a cosine
 BETAS, DECAY = (0.0, 0.9), 0.8  # one bad gradient slows ten steps (0.99: hundreds); decay of weights, per LR and step
 AVERAGED = 4             # weights are a mean over about the last of so many parts of the steps: f swings as it learns
 SCORES, SCORED, VALIDATION = 9, 100, 20  # times that weights are scored, on so many translations, by every 20th target
-DOUBT, DRAWS = 3.0, 20   # deviations of noise that scores differ by at least (the best of 9 has luck); draws of it
-TRIES, COLLAPSED, GRAINY = 4, 0.7, 1.25  # of a training that runs off, each at half the rate; unwarned spread, nearest
+DOUBT, DRAWS = 3.0, 20   # scores within so many deviations of noise are equal (the best of 9 has luck); its draws
+TRIES, COLLAPSED, GRAINY = 4, 0.7, 1.25  # restarts after divergence, at half the rate; spread, nearest that warn
 TRANSLATIONS, SHOWN, EARLY = 2, 8, (0.1, 0.3)  # of each test image; rows of the figure; parts of STEPS also shown
 if args.smoke:
     BATCH, N_LANGEVIN, GROUPS, LIFE, YOUNG, WALK, RANK, WIDTHS, HIDDEN = 8, 2, 2, 4, 1, 4, 8, (4, 4, 8, 8), 8
@@ -127,7 +127,7 @@ x, y = (common.kd_order(base.parts(s)[0][:, -8:], s, 8) for s in (x, y))
 
 def fitted():
     """A mixture's plan along the base's main directions, or one Gaussian's, where images are few or that is better."""
-    with contextlib.suppress(Exception):  # of many kinds: Run says below why a run cannot be carried on
+    with contextlib.suppress(Exception):  # a damaged or foreign checkpoint: Run says below what is wrong with it
         if args.resume and (plan := load(f"{name}.pt").to(device)).center_x.shape == base.r.shape:
             return plan
     most = BATCH if args.resume else FITTED  # few, at once, where Run will refuse
@@ -136,7 +136,7 @@ def fitted():
 
 
 clusters = fitted()
-start, draw = (lambda y: base(y, clusters)), (lambda x: base.draw(x, clusters))  # f of that start, and draws of it
+start, draw = (lambda y: base(y, clusters)), (lambda x: base.draw(x, clusters))  # f, draws of that plan
 potential = lambda net: lambda y: base(y) + SCALE * net(y).squeeze(1)  # f: (B, C, H, W) -> (B,)
 some = x[::math.ceil(len(x) / SCORED)]  # whose translations are scored
 
@@ -169,7 +169,7 @@ def total(scores):
 
 
 def noise_of_total():
-    """Standard deviation of total over real targets in place of translations, held against as many others."""
+    """Standard deviation of total where random targets of one half stand for translations; `seen` is the other."""
     draws, n = torch.Generator().manual_seed(SEED), torch.arange(len(some), device=device)
     halves = [torch.randperm(len(y), generator=draws).to(device).chunk(2) for _ in range(DRAWS)]
     return torch.stack([total(score(y[a[n % len(a)]], y[b])) for a, b in halves]).std()  # few targets: with repeats

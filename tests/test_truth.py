@@ -88,7 +88,8 @@ def test_quantiles_of_weighted_points_and_sliced_w2():
     x, _ = samples(400)
     uniform = torch.full((1, 400), 1 / 400).double()
     a, b = (truth.quantiles(uniform, x + torch.tensor(shift), 300, directions) for shift in ([0.0, 0.0], [3.0, 4.0]))
-    assert truth.sliced_w2(a, b) == pytest.approx(25 / 2, rel=1e-4)  # |shift . u|^2 over half a turn
+    between = 25 / 2  # |shift . u|^2 over half a turn
+    assert truth.sliced_w2_and_floor(a, [a, b]) == pytest.approx((between / 2, between), rel=1e-4)
 
 
 def test_map_ratio_by_hand():
