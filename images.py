@@ -132,7 +132,7 @@ def read_pair(paths, side, background="white"):
 # ------------------------------------------------------------------------------------------------ files out
 
 def out_folder(folder, suffix="_translated"):
-    """FOLDER_translated, made now: what would keep it from being written must show before the training."""
+    """FOLDER + suffix, made now: what would keep its files from being written must show before the training."""
     path, long_name = os.path.abspath(folder) + suffix, "0" * 220
     make_folder(path)
     problem = write_aside(os.path.join(path, long_name), lambda file: file.write(b" "), False, "name another folder")
@@ -147,10 +147,10 @@ def write_folder(path, names, y):
     for stem, copies in zip(stems, y):
         make_folder(os.path.dirname(os.path.join(path, stem)))
         pixels = (127.5 * (copies.clamp(-1, 1) + 1)).round().byte().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu()
-        for k, image in enumerate(pixels.numpy(), 1):
+        for k, image in enumerate(map(Image.fromarray, pixels.numpy()), 1):
             file_name = os.path.join(path, stem + f"_{k}" * (len(pixels) > 1) + ".png")
-            if problem := write_aside(file_name, lambda file: Image.fromarray(image).save(file, "png")):
-                fail(f"{problem.replace(' with --out', '')}; then --resume with --translate writes them again")
+            if problem := write_aside(file_name, lambda file: image.save(file, "png"), remedy="name another folder"):
+                fail(f"{problem}; then --resume with --translate writes them again")
     print(f"wrote {len(pixels)} translations of each of {len(names)} images into {path}")
 
 

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from conftest import final, here, random_generator, refuses, signal_at, smoke, whole, written
+from test_run import ends, processes
 
 import images
 import run as run_room
@@ -165,6 +166,14 @@ def test_what_a_run_writes():
     assert final(output)["assigned_cost"] == pytest.approx(exact, rel=1e-3) and "discrete_cost" in final(output)
     with Image.open(folder / f"{NAME}.png") as picture:
         assert picture.size == (6 * 258, 6 * 258)  # six sources, each with five translations, and lines
+
+
+def test_two_processes_carry_on_what_one_has_done(tmp_path):
+    """A finished run: what each process is must not count among the constants that a checkpoint is compared with."""
+    shutil.copytree(whole(NAME)[0], tmp_path / "out")
+    codes, outputs, errors = ends(processes("train_afhq_latent.py", 2, "--smoke", "--device", "cpu", "--resume", "--out",
+                                            tmp_path / "out"))
+    assert codes == [0, 0] and "final eps 1 " in outputs[0] and "final" not in outputs[1], errors
 
 
 def test_trains_on_files_and_names_every_translation(tmp_path, any_generator, monkeypatch):
